@@ -1,0 +1,696 @@
+"""The policy: a 4-bit base with a LoRA adapter, batched multi-turn rollouts, REINFORCE with a baseline.
+
+The paper (section 3.3) trains the executor by REINFORCE with the 0/1 reward and no baseline, which is
+rejection fine-tuning (RFT): only the successes carry gradient. What differs here, and why:
+
+* a leave-one-out baseline (Kool et al. 2019; RLOO, arXiv 2402.14740), so that failures teach as well and
+  the gradient has less variance. `baseline="none"` is the paper's RFT.
+* fresh rollouts at every step (on-policy) instead of 12,000 offline trajectories: at this size they are cheap.
+* QLoRA instead of full fine-tuning, so that an 8B model fits on one card.
+* no division by a group's standard deviation and none by a trajectory's length (Dr. GRPO, arXiv 2503.20783),
+  no clipping and no KL term: one gradient step per batch of rollouts needs none of them.
+
+The data flow: episodes --rollout--> trajectories --leave_one_out--> advantages --reinforce_step--> policy.
+
+Read next: eval.py, which measures a policy; before: verify.py, which runs and judges the model's code.
+"""
+import argparse
+import hashlib
+import json
+import logging
+import os
+import pickle
+import random
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Protocol
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # how peft asks, not what we do
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces optional kernels that we do not need
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache  # noqa: E402
+from transformers.cache_utils import DynamicLayer  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+from tools import make_environment  # noqa: E402
+from verify import CodeAsTask, FormatError, Jail, JailError, as_answer, evaluate, observation, parse_step  # noqa: E402
+
+transformers_logging.disable_progress_bar()
+HERE = Path(__file__).resolve().parent
+MAX_STEPS = 15  # the paper's limit for the executor (section 4)
+
+
+# ---------------------------------------------------------------------------------------------------
+# the policy
+
+class PolicyError(Exception):
+    """A model that cannot be used; the message is one sentence that says what to do."""
+
+
+@dataclass
+class Policy:
+    """A language model that acts: the network (4-bit base + LoRA) and its tokenizer."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    stop_ids: frozenset[int]  # any of these tokens ends a turn
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's inputs must lie."""
+        return self.model.device
+
+
+def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, seed: int = 0) -> Policy:
+    """Load a model directory or hub name as NF4 and put a LoRA adapter on it: a saved one, or a fresh one.
+
+    `tiny` is short for the folder tiny/ beside this file. The base is quantised to NF4 with double
+    quantisation (QLoRA, arXiv 2305.14314) and frozen; LoRA (arXiv 2106.09685) of `rank` lies on all linear
+    layers. A fresh adapter is the identity, and its initial weights depend on `seed` alone.
+    Raises PolicyError if the model is missing or broken, or has no chat template.
+    """
+    path = HERE / "tiny" if name == "tiny" else name
+    on_gpu = torch.cuda.is_available()
+    compute_type = torch.bfloat16 if on_gpu else torch.float32
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_type,
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        base = AutoModelForCausalLM.from_pretrained(
+            path, quantization_config=quantization, dtype=compute_type, device_map={"": 0 if on_gpu else "cpu"}
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise PolicyError(f"cannot load the model {name!r}: {reason} (give a model folder or a hub name)") from error
+    if tokenizer.chat_template is None:
+        raise PolicyError(f"the model {name!r} has no chat template: use an instruction-tuned model")
+    model = attach_adapter(base, adapter, rank, seed)
+    # Always in training mode. There is no dropout, so the function is the same, but in evaluation mode
+    # bitsandbytes swaps in another CPU kernel, and sampler and trainer must compute the same probabilities.
+    model.train()
+    ends = base.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return Policy(model, tokenizer, frozenset(i for i in [*ends, tokenizer.eos_token_id] if i is not None))
+
+
+def attach_adapter(base: torch.nn.Module, adapter: str | Path | None, rank: int, seed: int) -> PeftModel:
+    """Put LoRA on a base: the adapter saved in a folder, or a fresh one. Raises PolicyError if it does not fit."""
+    if adapter is not None:
+        try:
+            return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise PolicyError(f"cannot load the adapter {str(adapter)!r}: {reason}") from error
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(base, lora)
+
+
+# ---------------------------------------------------------------------------------------------------
+# from messages to tokens: a trajectory is append-only, because decoding and encoding again changes tokens
+
+def defuse(tokenizer, text: str) -> str:
+    """Return `text` with a space inside every special token that stands in it as text.
+
+    Tool results and instructions are written by a model: `<|end|>` in them must stay text, not end the turn.
+    """
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and token.content in text:
+            text = text.replace(token.content, token.content[0] + " " + token.content[1:])
+    return text
+
+
+def prompt_tokens(tokenizer, messages: list[dict]) -> list[int]:
+    """Return the token ids of the opening messages, up to where the agent's first turn begins."""
+    messages = [{**message, "content": defuse(tokenizer, message["content"])} for message in messages]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def observation_tokens(tokenizer, observation: str) -> list[int]:
+    """Return the token ids between two turns of the agent: the end of its turn, the observation, its next header.
+
+    They are cut out of the chat template's own rendering of a short conversation, so they do not depend on
+    the conversation so far. Raises PolicyError if the template rewrites earlier turns when a new one comes.
+    """
+    marker = "MARKER"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
+    reply = {"role": "user", "content": defuse(tokenizer, observation)}
+    before = tokenizer.apply_chat_template(turns, tokenize=False)
+    after = tokenizer.apply_chat_template([*turns, reply], add_generation_prompt=True, tokenize=False)
+    if not after.startswith(before):
+        raise PolicyError("the model's chat template rewrites earlier turns, so a trajectory cannot grow: use another model")
+    between = after[after.index(marker) + len(marker):]
+    return tokenizer(between, add_special_tokens=False).input_ids
+
+
+# ---------------------------------------------------------------------------------------------------
+# episodes and trajectories
+
+class Episode(Protocol):
+    """What a rollout plays: opening messages, and a step from the agent's text to the next observation."""
+
+    messages: list[dict]  # the opening messages; `rollout` appends every turn, for the reader
+    seed: int  # of the world in which it plays
+    reward: float
+    status: str
+
+    def step(self, text: str) -> str | None:
+        """Take the agent's turn; return the next observation, or None at the end of the episode."""
+
+    def close(self) -> None:
+        """Free what the episode holds; it may be called at any time."""
+
+
+EXECUTOR_PROMPT = """\
+You are the executor in the environment {env}.
+{summary}
+
+You act by writing Python that calls the tools below. Variables persist from action to action, and you see
+only what your code prints. Every reply has this form, with either an action or an answer, never both:
+
+THOUGHT: what to do next, in a sentence END THOUGHT
+ACTION:
+print(some_tool("an argument"))
+END ACTION
+
+or, when the task is done:
+
+THOUGHT: why it is done END THOUGHT
+ANSWER: the final answer alone, or the word done END ANSWER
+
+You have at most {steps} replies. Look things up; do not invent ids or values.
+
+Tools:
+{documentation}"""
+
+
+class Executor:
+    """An episode of the executor: it gets a task's instruction, acts, answers, and is rewarded with 0 or 1.
+
+    The reward is the verdict of the task's `evaluate` on the state that the episode leaves, and on the answer.
+    """
+
+    def __init__(self, jail: Jail, task: CodeAsTask):
+        self.jail, self.task, self.seed = jail, task, task.seed
+        self.environment = make_environment(task.env, task.seed)
+        self.session = jail.session(self.environment, replica=task.seed)
+        self.reward, self.steps, self.status = 0.0, 0, "running"
+        prompt = EXECUTOR_PROMPT.format(
+            env=task.env,
+            summary=self.environment.summary,
+            steps=MAX_STEPS,
+            documentation=self.environment.documentation(),
+        )
+        self.messages = [{"role": "system", "content": prompt}, {"role": "user", "content": task.instruction}]
+
+    def step(self, text: str) -> str | None:
+        """Run an action and return what it printed, or judge the answer and return None."""
+        self.steps += 1
+        try:
+            step = parse_step(text)
+        except FormatError as reminder:
+            return self.limited(str(reminder))
+        if step.kind == "action":
+            return self.limited(observation(self.session.run(step.content)))
+        self.close()
+        verdict = evaluate(self.jail, self.task, self.environment, as_answer(step.content), replica=self.seed)
+        self.reward, self.status = float(verdict.passed), "answered"
+        return None
+
+    def limited(self, text: str) -> str | None:
+        """The observation, or None and the end of the episode when the steps are used up."""
+        if self.steps < MAX_STEPS:
+            return f"Observation:\n{text}"
+        self.status = "out of steps"
+        return None
+
+    def close(self) -> None:
+        """End the jailed session."""
+        self.session.close()
+
+
+@dataclass
+class Trajectory:
+    """An episode as the trainer sees it; `tokens`, `mask` and `logprobs` have one entry a token."""
+
+    tokens: list[int]  # append-only: the prompt, then the agent's turns and the observations in turn
+    mask: list[bool]  # True where the agent sampled the token: only these carry loss
+    logprobs: list[float]  # the sampler's log-probability of each sampled token, 0 elsewhere
+    reward: float = 0.0
+    status: str = ""
+    messages: list[dict] = field(default_factory=list)
+
+    def extend(self, tokens: list[int], sampled: bool, logprobs: list[float] | None = None) -> None:
+        """Append tokens, either all sampled by the agent or none."""
+        self.tokens += tokens
+        self.mask += [sampled] * len(tokens)
+        self.logprobs += logprobs if sampled else [0.0] * len(tokens)
+
+
+def rollout(
+    policy: Policy,
+    episodes: list[Episode],
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    parallel: int = 256,
+    turn_tokens: int = 256,
+    context: int = 2048,
+    bar: tqdm | None = None,
+) -> list[Trajectory]:
+    """Play the episodes to their ends, `parallel` side by side; return their trajectories in the episodes' order.
+
+    temperature 0 is greedy. A turn is cut after `turn_tokens`, an episode ends at `context` tokens.
+    """
+    trajectories = []
+    for episode in episodes:
+        prompt = prompt_tokens(policy.tokenizer, episode.messages)
+        trajectories.append(Trajectory(prompt, [False] * len(prompt), [0.0] * len(prompt), messages=episode.messages))
+    for first in range(0, len(episodes), parallel):
+        wave = slice(first, first + parallel)
+        play(policy, episodes[wave], trajectories[wave], generator, temperature, turn_tokens, context, bar)
+    return trajectories
+
+
+@torch.inference_mode()
+def play(
+    policy: Policy, episodes: list[Episode], trajectories: list[Trajectory], generator: torch.Generator,
+    temperature: float, turn_tokens: int, context: int, bar: tqdm | None,
+) -> None:
+    """Play all episodes at once: a row of the batch each, whose KV cache lasts from its first turn to its last.
+
+    A pass of the network feeds every row the tokens that are not in its cache yet: the prompt at first, then
+    the token just sampled, or an observation. They are padded on the left, so every row samples from the last
+    column; what is padding in a row stays masked. A row whose turn has ended waits until half of the rows
+    wait. Then their code runs in the jail, side by side, and they go on together: no row waits for the slowest.
+    """
+    rows = list(range(len(episodes)))  # the episode of each row of the batch
+    fed, started, waiting = [0] * len(rows), [len(t.tokens) for t in trajectories], set()
+    cache, mask = empty_cache(policy.model.config), torch.zeros(len(rows), 0, dtype=torch.long, device=policy.device)
+    with ThreadPoolExecutor(2) as workers:
+        while rows:
+            pending = [[] if i in waiting else trajectories[i].tokens[fed[i]:] for i in rows]
+            width = max(map(len, pending))
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in pending], device=policy.device)  # [rows, width]
+            new = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in pending], device=policy.device)
+            mask = torch.cat([mask, new], dim=1)  # [rows, columns of the cache]
+            positions = (mask.cumsum(1)[:, -width:] - 1).clamp(min=0)
+            logits = policy.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits[:, -1].float()  # [rows, vocabulary]
+            tokens, logprobs = sample_tokens(logits, generator, temperature)  # [rows], [rows]
+            for i, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
+                if i not in waiting:
+                    fed[i] = len(trajectories[i].tokens)
+                    trajectories[i].extend([token], True, [logprob])
+                    if token in policy.stop_ids or len(trajectories[i].tokens) == started[i] + turn_tokens:
+                        waiting.add(i)
+            if 2 * len(waiting) >= len(rows):
+                turns = sorted(waiting)
+                over = list(workers.map(lambda i: take_step(policy, episodes[i], trajectories[i], started[i], context), turns))
+                ended = {i for i, last in zip(turns, over) if last}
+                for i in turns:
+                    started[i] = len(trajectories[i].tokens)
+                waiting.clear()
+                if ended:
+                    keep = torch.tensor([row for row, i in enumerate(rows) if i not in ended], dtype=torch.long, device=policy.device)
+                    cache.batch_select_indices(keep)
+                    mask, rows = mask[keep], [i for i in rows if i not in ended]
+                if bar is not None:
+                    bar.update(len(ended))
+
+
+def take_step(policy: Policy, episode: Episode, trajectory: Trajectory, start: int, context: int) -> bool:
+    """Hand the agent's turn, the tokens from `start`, to its episode; append the observation. True at the episode's end."""
+    turn = [token for token in trajectory.tokens[start:] if token not in policy.stop_ids]
+    text = policy.tokenizer.decode(turn, skip_special_tokens=True)
+    episode.messages.append({"role": "assistant", "content": text})
+    reply = episode.step(text)
+    if reply is not None:
+        episode.messages.append({"role": "user", "content": reply})
+        tokens = observation_tokens(policy.tokenizer, reply)
+        if trajectory.tokens[-1] == tokens[0]:  # the agent itself has written the end of its turn
+            tokens = tokens[1:]
+        trajectory.extend(tokens, False)
+        if len(trajectory.tokens) < context:
+            return False
+        episode.status = "out of context"
+    episode.close()
+    trajectory.reward, trajectory.status = episode.reward, episode.status
+    return True
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer of the KV cache with room to spare: a new token is written into it, and not all of it copied each time."""
+
+    ROOM = 64  # columns
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append states [rows, heads, new columns, width]; return all of them, [rows, heads, columns, width]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old = self.get_seq_length()
+        end = old + key_states.shape[2]
+        if old == 0 or end > self.room.shape[3]:
+            rows, heads, _, width = key_states.shape
+            room = key_states.new_empty(2, rows, heads, end + self.ROOM, width)
+            if old:
+                room[0, :, :, :old], room[1, :, :, :old] = self.keys, self.values
+            self.room = room
+        self.room[0, :, :, old:end], self.room[1, :, :, old:end] = key_states, value_states
+        self.keys, self.values = self.room[0, :, :, :end], self.room[1, :, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only these rows."""
+        super().batch_select_indices(indices)
+        self.room = self.room[:, :, :, :0]  # of the old rows: the next update makes a new one
+
+
+def empty_cache(config) -> DynamicCache:
+    """Return an empty KV cache whose ordinary layers are growing ones; a model's sliding windows stay as they are."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def sample_tokens(logits: torch.Tensor, generator: torch.Generator, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a token from each row of `logits` [rows, vocabulary]; return tokens and their log-probabilities, both [rows].
+
+    The log-probabilities are those of the distribution that was sampled: of logits / temperature, with no
+    top-k or top-p cut, so that the trainer can compute the same number. temperature 0 takes the most likely token.
+    """
+    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        tokens = logprobs.argmax(-1)
+    else:
+        tokens = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------
+# REINFORCE with a baseline
+
+def advantages(rewards: torch.Tensor, baseline: str = "leave-one-out") -> torch.Tensor:
+    """Return A_i = r_i - b_i for rewards [tasks, K], K rollouts of each task, in the same shape.
+
+    leave-one-out: b_i is the mean reward of the task's other K-1 rollouts, so A = K/(K-1) (r - mean r)
+                   (Kool et al. 2019; RLOO, arXiv 2402.14740). It does not bias the gradient, because b_i
+                   does not depend on rollout i. A group whose rewards are all equal has A = 0: no signal.
+    none:          b_i = 0, A = r: the paper's rejection fine-tuning, only successes carry gradient.
+    """
+    if baseline == "none":
+        return rewards.clone()
+    if baseline != "leave-one-out":
+        raise ValueError(f"unknown baseline {baseline!r}: choose leave-one-out or none")
+    rollouts = rewards.shape[1]
+    if rollouts < 2:
+        raise ValueError("the leave-one-out baseline needs at least two rollouts of each task")
+    others = (rewards.sum(1, keepdim=True) - rewards) / (rollouts - 1)  # [tasks, K]
+    return rewards - others
+
+
+def trajectory_logprobs(policy: Policy, batch: list[Trajectory], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-probabilities [rows, columns-1] of every token of the batch but the first, and the agent's mask.
+
+    Column t holds log pi(token t+1 | tokens up to t) under logits / temperature, the transform that sampled.
+    The padding on the right is masked by length, never by token id: where pad equals the end of turn,
+    a mask by id would keep the end from being learnt.
+    """
+    ids = pad_sequence([torch.tensor(t.tokens) for t in batch], batch_first=True).to(policy.device)  # [rows, columns]
+    lengths = torch.tensor([len(t.tokens) for t in batch], device=policy.device)
+    attention = torch.arange(ids.shape[1], device=policy.device)[None] < lengths[:, None]  # [rows, columns]
+    agent = pad_sequence([torch.tensor(t.mask) for t in batch], batch_first=True).to(policy.device)
+    logits = policy.model(input_ids=ids, attention_mask=attention.long(), use_cache=False).logits  # [rows, columns, vocabulary]
+    logprobs = torch.log_softmax(logits[:, :-1].float() / temperature, dim=-1)
+    return logprobs.gather(2, ids[:, 1:, None])[:, :, 0], agent[:, 1:]
+
+
+def micro_batches(trajectories: list[Trajectory], tokens: int) -> list[list[int]]:
+    """Split into batches of indices, sorted by length, each of at most `tokens` tokens with its padding (or one row)."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].tokens)):
+        if batches and len(trajectories[i].tokens) * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def reinforce_step(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    trajectories: list[Trajectory],
+    advantage: torch.Tensor,
+    temperature: float = 1.0,
+    micro_batch_tokens: int = 8192,
+    max_norm: float = 1.0,
+) -> dict:
+    """Take one step up the gradient of the expected reward; `advantage` [N] belongs to the N trajectories.
+
+    loss = -1/N sum_i A_i sum_t log pi(a_t | history)        (REINFORCE, Williams 1992; eq. 1 of the paper)
+
+    The inner sum runs over the tokens that the agent sampled. N counts all trajectories, those without signal
+    (A = 0) included, though no computation is spent on them: the divisor is a constant and the gradient does
+    not depend on how the trajectories are split into micro-batches. Returns the loss, the norm of the gradient
+    before clipping to `max_norm`, and mismatch_kl, the mean of log p_sampler - log p_trainer over sampled tokens.
+    """
+    chosen = [i for i, a in enumerate(advantage.tolist()) if a != 0]
+    signal = [trajectories[i] for i in chosen]
+    total, mismatch, sampled = 0.0, 0.0, 0
+    optimizer.zero_grad()
+    for rows in micro_batches(signal, micro_batch_tokens):
+        batch = [signal[row] for row in rows]
+        weight = torch.tensor([float(advantage[chosen[row]]) for row in rows], device=policy.device)
+        logprobs, agent = trajectory_logprobs(policy, batch, temperature)
+        loss = -(weight * (logprobs * agent).sum(1)).sum() / len(trajectories)
+        loss.backward()
+        total += loss.item()
+        before = pad_sequence([torch.tensor(t.logprobs) for t in batch], batch_first=True).to(policy.device)[:, 1:]
+        mismatch += ((before - logprobs.detach()) * agent).sum().item()
+        sampled += int(agent.sum())
+    norm = torch.nn.utils.clip_grad_norm_([p for p in policy.model.parameters() if p.requires_grad], max_norm).item()
+    optimizer.step()
+    return {"loss": total, "gradient_norm": norm, "mismatch_kl": mismatch / max(sampled, 1), "trained_tokens": sampled}
+
+
+def make_optimizer(policy: Policy, learning_rate: float) -> torch.optim.Optimizer:
+    """Adam over the adapter's weights; the 4-bit base is frozen."""
+    return torch.optim.Adam([p for p in policy.model.parameters() if p.requires_grad], lr=learning_rate, betas=(0.9, 0.95))
+
+
+def seeded(device: torch.device | str, *what) -> torch.Generator:
+    """Return a random generator that depends on `what` alone, such as a seed, a phase and a step.
+
+    Every step makes its own, so a resumed run draws the same numbers as one that was never interrupted.
+    """
+    digest = hashlib.sha256(repr(what).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def train(policy: Policy, optimizer: torch.optim.Optimizer, jail: Jail, tasks: list[CodeAsTask], run: "Run", options) -> None:
+    """Train on `tasks` until options.steps steps are done, continuing where `run` is; save after every step.
+
+    A step draws options.tasks_per_step tasks, plays options.rollouts episodes of each, and takes one gradient
+    step. metrics.jsonl gets a line a step, trajectories.jsonl one an episode.
+    """
+    bar = tqdm(range(run.progress["steps"], options.steps), desc="train", unit="step", dynamic_ncols=True)
+    for step in bar:
+        started = time.monotonic()
+        chosen = random.Random(f"tasks {options.seed} {step}").sample(tasks, min(options.tasks_per_step, len(tasks)))
+        episodes = [Executor(jail, task) for task in chosen for _ in range(options.rollouts)]
+        generator = seeded(policy.device, options.seed, "train", step)
+        trajectories = rollout(policy, episodes, generator, **rollout_limits(options))
+        rewards = torch.tensor([t.reward for t in trajectories]).view(len(chosen), options.rollouts)  # [tasks, K]
+        advantage = advantages(rewards, options.baseline).flatten()  # [tasks * K]
+        figures = reinforce_step(policy, optimizer, trajectories, advantage, micro_batch_tokens=options.micro_batch_tokens)
+        signal = (rewards.std(1) > 0).float().mean().item()
+        metrics = {"step": step, "reward": rewards.mean().item(), "signal": signal, **figures}
+        run.append("metrics.jsonl", [metrics])
+        run.append("trajectories.jsonl", [record("train", step, e, t) for e, t in zip(episodes, trajectories)])
+        run.progress["steps"] = step + 1
+        run.save(policy, optimizer)
+        speed = sum(map(sum, (t.mask for t in trajectories))) / (time.monotonic() - started)
+        bar.set_postfix(reward=f"{metrics['reward']:.2f}", signal=f"{signal:.2f}", tokens_per_s=f"{speed:.0f}")
+
+
+def rollout_limits(options) -> dict:
+    """The limits of a rollout among a run's options."""
+    return {"parallel": options.parallel, "turn_tokens": options.turn_tokens, "context": options.context}
+
+
+def record(phase: str, step: int | None, episode: Episode, trajectory: Trajectory) -> dict:
+    """Return an episode as a line of trajectories.jsonl, without the long system message."""
+    return {
+        "phase": phase,
+        "step": step,
+        "env": episode.environment.name,
+        "seed": episode.seed,
+        "instruction": episode.messages[1]["content"],
+        "reward": trajectory.reward,
+        "status": trajectory.status,
+        "messages": trajectory.messages[1:],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
+# what a run leaves, and how it goes on
+
+class RunError(Exception):
+    """A run's folder that cannot be used; the message is one sentence that says what to do."""
+
+
+@dataclass
+class Run:
+    """A run's folder: lines are appended to its files, and a checkpoint remembers up to where they count.
+
+    `progress` is plain data: how far each phase has come. A checkpoint holds it with the adapter's weights, the
+    optimizer's state and the length of every file. To resume is to load it and to cut each file back to that
+    length: whatever an interrupted step had begun to write is done again, exactly as before.
+    """
+
+    folder: Path
+    progress: dict
+
+    def append(self, name: str, records: list[dict]) -> None:
+        """Append records to a file of JSON lines."""
+        with open(self.folder / name, "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in records)
+
+    def read(self, name: str) -> list[dict]:
+        """Return the records of a file of JSON lines; none if it does not exist."""
+        path = self.folder / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def save(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        """Write the checkpoint. It replaces the last one only when it is complete on the disk."""
+        state = {
+            "progress": self.progress,
+            "files": {path.name: path.stat().st_size for path in sorted(self.folder.glob("*.jsonl"))},
+            "adapter": {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad},
+            "optimizer": optimizer.state_dict(),
+        }
+        target = self.folder / "checkpoint" / "state.pt"
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_suffix(".partial")
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+
+    def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        """Go back to the checkpoint, if there is one. Raises RunError if it is damaged."""
+        path = self.folder / "checkpoint" / "state.pt"
+        try:
+            state = torch.load(path, map_location=policy.device, weights_only=True) if path.exists() else None
+            if state is not None:
+                self.progress = state["progress"]
+                optimizer.load_state_dict(state["optimizer"])
+                with torch.no_grad():
+                    for name, parameter in policy.model.named_parameters():
+                        if parameter.requires_grad:
+                            parameter.copy_(state["adapter"][name])
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise RunError(f"the checkpoint {path} is damaged or belongs to another model; start a new run") from error
+        sizes = state["files"] if state is not None else {}
+        for file in self.folder.glob("*.jsonl"):
+            os.truncate(file, sizes.get(file.name, 0))
+
+
+def new_progress() -> dict:
+    """How far a run is that has not begun: attempts made, steps done, results and seconds of each phase."""
+    return {"challenges": 0, "steps": 0, "results": {}, "wall_s": {}}
+
+
+def new_run(folder: Path, options: dict) -> Run:
+    """Make a run's folder and write its options to config.json. Raises RunError if the folder exists already."""
+    if folder.exists():
+        raise RunError(f"{folder} exists already: choose another name, so that nothing is overwritten")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(options, indent=1))
+    return Run(folder, new_progress())
+
+
+def resume_run(folder: Path) -> tuple[Run, argparse.Namespace]:
+    """Return the run in a folder and its options. Raises RunError if there is none."""
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"there is no run to resume in {folder}: it has no readable config.json") from error
+    return Run(folder, new_progress()), argparse.Namespace(**settings)
+
+
+# ---------------------------------------------------------------------------------------------------
+# the command line: training alone, on a file of tasks
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of loading, rollouts and training; their defaults are those of the embedded model."""
+    add = parser.add_argument
+    add("--model", default="tiny", help="a model folder or a hub name")
+    add("--seed", type=int, default=0, help="determines everything that is random")
+    add("--steps", type=int, default=20, help="gradient steps")
+    add("--tasks-per-step", type=int, default=16, help="tasks of a step")
+    add("--rollouts", type=int, default=8, help="K, the rollouts of each task in a step")
+    add("--baseline", default="leave-one-out", choices=["leave-one-out", "none"], help="none is the paper's rejection fine-tuning")
+    add("--learning-rate", type=float, default=3e-3, help="of Adam; 1e-4 suits an 8B model")
+    add("--rank", type=int, default=8, help="of the LoRA adapter")
+    add("--parallel", type=int, default=192, help="episodes played side by side")
+    add("--turn-tokens", type=int, default=176, help="a turn is cut after so many tokens")
+    add("--context", type=int, default=512, help="an episode ends at so many tokens")
+    add("--micro-batch-tokens", type=int, default=8192, help="tokens, padding included, of one pass forward and backward")
+    add("--allow-weak-jail", action="store_true", help="run the model's code even where the jail cannot close files and network")
+
+
+def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int:
+    """Do the work of a command; return its exit status. What a user can cause gets one sentence, with a hint."""
+    try:
+        work()
+    except (PolicyError, RunError, JailError, ValueError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{name}: {error.strerror or error}: {error.filename or 'a file of the run'}; {hint()}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; {hint()}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main() -> int:
+    """Train on the tasks of a file; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Train a policy on a file of tasks.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--tasks", type=Path, required=True, help="task lines, such as runs/<name>/tasks.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("runs/rl"), help="folder for metrics, trajectories and adapter")
+    add_training_options(parser)
+    options = parser.parse_args()
+
+    def work() -> None:
+        tasks = [CodeAsTask.from_json(line) for line in options.tasks.read_text().splitlines()]
+        run = new_run(options.out, {key: str(value) for key, value in vars(options).items()})
+        policy = load_policy(options.model, rank=options.rank, seed=options.seed)
+        with Jail(allow_weak=options.allow_weak_jail) as jail:
+            train(policy, make_optimizer(policy, options.learning_rate), jail, tasks, run, options)
+        policy.model.save_pretrained(run.folder / "adapter")
+        print(f"adapter: {run.folder / 'adapter'}")
+
+    return guarded("rl.py", work, lambda: f"what is finished is in {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,461 @@
+"""The whole loop: a model challenges itself, a filter keeps the sound tasks, the model trains on them, and is measured.
+
+    python selfchallenge.py                     (the embedded model on two toy environments, minutes on a laptop)
+
+1. challenge   The model plays the challenger (section 3.1 of the paper): it explores an environment with the
+               tools, then writes a Code-as-Task.
+2. filter      The jail runs the task's code and keeps it only if its solution passes its own verification and
+               every failure case fails (section 3.2). A rejection goes back to the challenger, which may revise.
+3. train       The same model plays the executor on the kept tasks and learns by REINFORCE (section 3.3).
+4. evaluate    Before and after training, on hand-written tasks that occur nowhere in training.
+
+How it departs from the paper: near-duplicates are dropped, and so is every task that shares its parameters with
+a held-out one; doing nothing must fail as well; rollouts are fresh at every step (see rl.py).
+
+This is the last file of the tutorial; the others, in order: tools.py, verify.py, rl.py, eval.py.
+"""
+import argparse
+import itertools
+import json
+import platform
+import re
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from eval import SUITES, evaluate_policy, format_table, load_suite, write_report
+from rl import (
+    Policy,
+    Run,
+    RunError,
+    add_training_options,
+    guarded,
+    load_policy,
+    make_optimizer,
+    new_run,
+    record,
+    resume_run,
+    rollout,
+    rollout_limits,
+    seeded,
+    train,
+)
+from tools import ENVIRONMENTS, make_environment
+from verify import (
+    CodeAsTask,
+    FormatError,
+    Jail,
+    Judgement,
+    TaskError,
+    judge,
+    observation,
+    parse_step,
+    parse_task,
+)
+
+LIBRARIES = ["torch", "transformers", "bitsandbytes", "peft"]
+REJECTED_AT = ["parse", "runs", "solution", "failures", "held-out", "duplicate"]
+
+# ---------------------------------------------------------------------------------------------------
+# the challenger
+
+CHALLENGER_STEPS = 8  # exploring and revising together
+
+CHALLENGER_PROMPT = """\
+You are the challenger in the environment {env}.
+{summary}
+
+Your work is to write a new task for another agent, which will have the same tools and will see nothing but your
+instruction. First explore with the tools, then write the task from what you saw. Every reply has this form, with
+either an action or an answer, never both:
+
+THOUGHT: what to do next, in a sentence END THOUGHT
+ACTION:
+print(some_tool("an argument"))
+END ACTION
+
+or, to hand in the task:
+
+THOUGHT: why this task is sound END THOUGHT
+ANSWER:
+<instruction>what the other agent is asked to do</instruction>
+<evaluation_function>
+def {signature}:
+    return ...
+</evaluation_function>
+<solution>
+Python that solves the task with the tools{result}
+</solution>
+<failure_case>
+Python that makes a close but wrong attempt
+</failure_case>
+(three failure cases, each in its own tags)
+END ANSWER
+
+Rules:
+- Look around first. Use only names, ids and values that a tool has shown you; assume no outputs.
+- The instruction must say everything that is needed: who, what, how many. It must not say how to do it.
+- The task should take several dependent steps.
+- {judged} It returns True or False, checks everything that the
+  instruction asks for, and changes nothing.
+- The solution must pass the evaluation. All three failure cases must run without an error and fail it: forget a
+  part, pick the wrong thing, use the wrong value. Doing nothing must fail as well.
+- You see only what your code prints. Variables persist from action to action.
+- If the task is rejected, you are told why: mend it and hand in all parts again.
+
+Tools:
+{documentation}
+
+A worked example of an answer:
+
+{example}"""
+
+JUDGED_BY_ANSWER = "evaluate(answer) gets the final answer, a number or a text, and compares it with what you computed."
+JUDGED_BY_STATE = "evaluate() looks at the state that is left, through the tools."
+
+EXAMPLES = {
+    "calculator": CodeAsTask(
+        env="calculator",
+        seed=0,
+        instruction="Take the amount of soap, multiply by 8, then subtract the amount of kite.",
+        evaluate="def evaluate(answer):\n    return answer == 37",
+        solution='x = amount("soap")\nx = multiply(x, 8)\nresult = subtract(x, amount("kite"))',
+        failures=[
+            'result = multiply(amount("soap"), 8)',
+            'result = multiply(subtract(amount("soap"), amount("kite")), 8)',
+            'result = add(multiply(amount("soap"), 8), amount("kite"))',
+        ],
+    ),
+    "shop": CodeAsTask(
+        env="shop",
+        seed=0,
+        instruction="Hugo wants to cancel the clock and change the book to 5 pieces.",
+        evaluate="""\
+def evaluate():
+    customer = find_customer("Hugo")
+    first = get_order(find_order(customer, "clock"))
+    second = get_order(find_order(customer, "book"))
+    return first["status"] == "cancelled" and second["status"] == "pending" and second["quantity"] == 5""",
+        solution="""\
+customer = find_customer("Hugo")
+cancel_order(find_order(customer, "clock"))
+change_quantity(find_order(customer, "book"), 5)""",
+        failures=[
+            'cancel_order(find_order(find_customer("Hugo"), "clock"))',
+            'change_quantity(find_order(find_customer("Hugo"), "book"), 5)',
+            """\
+customer = find_customer("Hugo")
+cancel_order(find_order(customer, "book"))
+change_quantity(find_order(customer, "clock"), 5)""",
+        ],
+    ),
+}
+
+
+def render_task(task: CodeAsTask) -> str:
+    """Return a task in the tags of the challenger's answer; `parse_task` reads it back."""
+    failures = "\n".join(f"<failure_case>\n{failure}\n</failure_case>" for failure in task.failures)
+    return (
+        f"<instruction>{task.instruction}</instruction>\n"
+        f"<evaluation_function>\n{task.evaluate}\n</evaluation_function>\n"
+        f"<solution>\n{task.solution}\n</solution>\n{failures}"
+    )
+
+
+class Challenger:
+    """An episode of the challenger: it explores the world of a seed, then hands in a task, and may revise it.
+
+    The filter judges every submission. Its verdict, with the traceback, is simply the next observation. The
+    reward is 1 if the last submission was kept; it serves the reader, the challenger is not trained.
+    """
+
+    def __init__(self, jail: Jail, env: str, seed: int, revisions: int = 1):
+        self.jail, self.env, self.seed, self.revisions = jail, env, seed, revisions
+        self.environment = make_environment(env, seed)
+        self.session = jail.session(self.environment, replica=seed)
+        self.reward, self.steps, self.status = 0.0, 0, "running"
+        self.submissions: list[tuple[CodeAsTask | None, Judgement]] = []
+        self.messages = [
+            {"role": "system", "content": challenger_prompt(env)},
+            {"role": "user", "content": self.environment.starting_point()},
+        ]
+
+    def step(self, text: str) -> str | None:
+        """Run an action and return what it printed, or judge the task handed in and return why it was rejected."""
+        self.steps += 1
+        try:
+            step = parse_step(text)
+        except FormatError as reminder:
+            return self.limited(str(reminder))
+        if step.kind == "action":
+            return self.limited(observation(self.session.run(step.content)))
+        judgement = self.submit(step.content)
+        self.reward, self.status = float(judgement.ok), judgement.stage
+        if judgement.ok or len(self.submissions) > self.revisions:
+            self.close()
+            return None
+        return self.limited(f"Rejected at the stage {judgement.stage}: {judgement.reason}\nMend the task.")
+
+    def submit(self, answer: str) -> Judgement:
+        """Judge the tagged answer and keep it, with its judgement, among the submissions."""
+        try:
+            task = parse_task(answer, self.env, self.seed)
+            judgement = judge(self.jail, task)
+        except TaskError as error:
+            task, judgement = None, Judgement(False, "parse", str(error), 0.0)
+        self.submissions.append((task, judgement))
+        return judgement
+
+    def limited(self, text: str) -> str | None:
+        """The observation, or None and the end of the episode when the steps are used up."""
+        if self.steps < CHALLENGER_STEPS:
+            return f"Observation:\n{text}"
+        self.status = "out of steps"
+        return None
+
+    def close(self) -> None:
+        """End the jailed session."""
+        self.session.close()
+
+
+def challenger_prompt(env: str) -> str:
+    """Return the challenger's system message for an environment: format, rules, tools and a worked example."""
+    environment = make_environment(env)
+    return CHALLENGER_PROMPT.format(
+        env=env,
+        summary=environment.summary,
+        signature="evaluate(answer)" if environment.answered else "evaluate()",
+        result=", and leaves the final answer in the variable result" if environment.answered else "",
+        judged=JUDGED_BY_ANSWER if environment.answered else JUDGED_BY_STATE,
+        documentation=environment.documentation(),
+        example=render_task(EXAMPLES[env]),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# what must stay unseen
+
+class HeldOut:
+    """The evaluation tasks, and the test that keeps them out of everything that is trained on."""
+
+    def __init__(self, tasks: list[CodeAsTask]):
+        self.tasks = tasks
+        self.parameters = [parameters(task) for task in tasks]
+
+    def leaks(self, instruction: str) -> bool:
+        """Whether an instruction names everything that some held-out task is about, in whatever words."""
+        mentioned = words(instruction)
+        return any(wanted <= mentioned for wanted in self.parameters)
+
+
+def words(text: str) -> set[str]:
+    """The words and numbers of a text."""
+    return set(re.findall(r"[A-Za-z]+|\d+", text))
+
+
+def parameters(task: CodeAsTask) -> set[str]:
+    """The words of an instruction that are numbers or name something in the task's world: who, what, how many."""
+    named = words(json.dumps(make_environment(task.env, task.seed).state))
+    return {word for word in words(task.instruction) if word.isdigit() or word in named}
+
+
+def near(a: set[str], b: set[str]) -> bool:
+    """Whether two instructions are near-duplicates: over nine tenths of their words are shared (Jaccard index)."""
+    return len(a & b) > 0.9 * len(a | b)
+
+
+# ---------------------------------------------------------------------------------------------------
+# the loop
+
+def challenge(policy: Policy, optimizer: torch.optim.Optimizer, jail: Jail, held_out: HeldOut, run: Run, options) -> None:
+    """Let the model write tasks, `options.parallel` attempts side by side, until options.challenges are made.
+
+    Each last submission goes to tasks.jsonl, or to rejected.jsonl with the stage and the reason. With
+    options.filter off, every task that can be read is kept, whatever the filter says, and nothing is revised:
+    the paper's ablation.
+    """
+    bar = tqdm(total=options.challenges, initial=run.progress["challenges"], desc="challenge", unit="attempt", dynamic_ncols=True)
+    while run.progress["challenges"] < options.challenges:
+        first = run.progress["challenges"]
+        attempts = range(first, min(first + options.parallel, options.challenges))
+        episodes = [
+            Challenger(jail, options.env[i % len(options.env)], options.seed * 10**5 + i, options.revisions if options.filter else 0)
+            for i in attempts
+        ]
+        trajectories = rollout(policy, episodes, seeded(policy.device, options.seed, "challenge", first), bar=bar, **rollout_limits(options))
+        kept = run.read("tasks.jsonl")
+        known = [(task["env"], words(task["instruction"])) for task in kept]
+        for episode in episodes:
+            verdict = sort_out(episode, known, held_out, options.filter)
+            run.append("tasks.jsonl" if verdict is None else "rejected.jsonl", [verdict or vars(episode.submissions[-1][0])])
+        run.append("trajectories.jsonl", [record("challenge", first, e, t) for e, t in zip(episodes, trajectories)])
+        run.progress["challenges"] = attempts.stop
+        run.save(policy, optimizer)
+        bar.set_postfix(kept=f"{len(run.read('tasks.jsonl')) / attempts.stop:.2f}")
+
+
+def sort_out(episode: Challenger, known: list, held_out: HeldOut, filtered: bool) -> dict | None:
+    """Return the line for rejected.jsonl that an attempt deserves, or None if its task is kept, and then known."""
+    place = {"env": episode.env, "seed": episode.seed}
+    if not episode.submissions:
+        return {**place, "stage": "parse", "reason": f"no task was handed in: {episode.status}"}
+    task, judgement = episode.submissions[-1]
+    if task is None:
+        return {**place, "stage": "parse", "reason": judgement.reason, "text": episode.messages[-1]["content"]}
+    mentioned = words(task.instruction)
+    if held_out.leaks(task.instruction):
+        return {**vars(task), "stage": "held-out", "reason": "it shares its parameters with a held-out task"}
+    if filtered and not judgement.ok:
+        return {**vars(task), "stage": judgement.stage, "reason": judgement.reason}
+    if any(env == episode.env and near(mentioned, other) for env, other in known):
+        return {**vars(task), "stage": "duplicate", "reason": "a task with nearly the same words was kept before"}
+    known.append((episode.env, mentioned))
+    return None
+
+
+def play_run(run: Run, options) -> dict:
+    """Play all phases that the run has not finished yet; return the summary, which is also written to the folder."""
+    policy = load_policy(options.model, rank=options.rank, seed=options.seed)
+    optimizer = make_optimizer(policy, options.learning_rate)
+    run.restore(policy, optimizer)
+    held_out = HeldOut([task for name in SUITES for task in load_suite(name)])
+    with Jail(allow_weak=options.allow_weak_jail) as jail:
+        print(jail.describe())
+        measure("before", policy, optimizer, jail, run, options)
+        with timed(run, "challenge"):
+            challenge(policy, optimizer, jail, held_out, run, options)
+        tasks = [CodeAsTask(**task) for task in run.read("tasks.jsonl")]
+        print(survival(run, options))
+        if not tasks:
+            raise RunError("no task survived the filter, so there is nothing to train on: raise --challenges")
+        with timed(run, "train"):
+            train(policy, optimizer, jail, tasks, run, options)
+        policy.model.save_pretrained(run.folder / "adapter")
+        measure("after", policy, optimizer, jail, run, options)
+    summary = summarize_run(run, options)
+    (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    print(format_table(summary["before"], summary["after"]))
+    print(f"report: {write_report(run.folder)}")
+    return summary
+
+
+def measure(phase: str, policy: Policy, optimizer: torch.optim.Optimizer, jail: Jail, run: Run, options) -> None:
+    """Evaluate the policy on the held-out tasks, once a run for each phase, before and after."""
+    if phase in run.progress["results"]:
+        return
+    with timed(run, phase):
+        results, records = evaluate_policy(
+            policy, jail, options.env, options.seed, options.trials, label=phase, **rollout_limits(options)
+        )
+    run.append("trajectories.jsonl", records)
+    run.progress["results"][phase] = results
+    run.save(policy, optimizer)
+
+
+@contextmanager
+def timed(run: Run, phase: str) -> Iterator[None]:
+    """Add the seconds that a phase takes to the run's account."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds = run.progress["wall_s"]
+        seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - started
+
+
+def survival(run: Run, options) -> str:
+    """One line: how many attempts ended at each stage of the filter, and how many were kept."""
+    counts = filter_counts(run)
+    line = ", ".join(f"{stage} {number}" for stage, number in counts.items() if stage != "ok")
+    return f"{options.challenges} attempts, {counts['ok']} tasks kept; rejected at: {line}"
+
+
+def filter_counts(run: Run) -> dict[str, int]:
+    """Count the attempts by the stage at which they were rejected; `ok` were kept."""
+    counts = Counter(line["stage"] for line in run.read("rejected.jsonl"))
+    return {**{stage: counts[stage] for stage in REJECTED_AT}, "ok": len(run.read("tasks.jsonl"))}
+
+
+def summarize_run(run: Run, options) -> dict:
+    """Return the run's figures in the form of summary.json."""
+    return {
+        "model": options.model,
+        "seed": options.seed,
+        **run.progress["results"],
+        "filter": filter_counts(run),
+        "wall_s": {phase: round(seconds, 1) for phase, seconds in run.progress["wall_s"].items()},
+        "peak_memory_bytes": peak_memory(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+    }
+
+
+def peak_memory() -> int:
+    """The most memory in bytes that this process has used: on the GPU if there is one, else of the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---------------------------------------------------------------------------------------------------
+# the command line
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line. The defaults are those of the embedded model."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--env", nargs="+", default=list(SUITES), choices=list(ENVIRONMENTS), metavar="NAME", help="environments to train and be measured on")
+    add("--name", help="the run's folder is runs/NAME; a free name is chosen otherwise")
+    add("--resume", type=Path, metavar="RUN", help="continue the interrupted run in this folder, with its own options")
+    add("--challenges", type=int, default=384, help="attempts of the challenger")
+    add("--revisions", type=int, default=1, help="how often a rejected task may be mended")
+    add("--no-filter", dest="filter", action="store_false", help="train on every task that can be read (the paper's ablation)")
+    add("--trials", type=int, default=4, help="sampled attempts at each held-out task; at least 4 for Pass@4")
+    add_training_options(parser)
+    options = parser.parse_args(arguments)
+    if options.baseline == "leave-one-out" and options.rollouts < 2:
+        parser.error("the leave-one-out baseline needs at least two --rollouts of each task")
+    return options
+
+
+def open_run(options: argparse.Namespace) -> tuple[Run, argparse.Namespace]:
+    """Make the run's folder, or find the one to resume; return it with the options that count.
+
+    Raises RunError if a new run's folder exists already, or if there is nothing to resume.
+    """
+    if options.resume is not None:
+        return resume_run(options.resume)
+    runs = Path("runs")
+    name = options.name or next(f"run-{i}" for i in itertools.count(1) if not (runs / f"run-{i}").exists())
+    settings = {key: value for key, value in vars(options).items() if key not in ("resume", "name")}
+    return new_run(runs / name, settings), argparse.Namespace(**settings)
+
+
+def main() -> int:
+    """Run the loop; return the exit status. A user's mistake gets one sentence, and Ctrl-C loses nothing."""
+    options = parse_options()
+    opened = []
+
+    def work() -> None:
+        run, settings = open_run(options)
+        opened.append(run.folder)
+        play_run(run, settings)
+
+    def how_to_go_on() -> str:
+        if not opened:
+            return "nothing was begun"
+        return f"every finished step is saved; continue with: python selfchallenge.py --resume {opened[0]}"
+
+    return guarded("selfchallenge.py", work, how_to_go_on)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

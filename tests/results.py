@@ -1,0 +1,64 @@
+"""The README's result table: run the whole loop on several seeds, filtered and unfiltered, and compare.
+
+    python tests/results.py --seeds 0 1 2 3 4                     (the shipped model, 2 x 5 runs)
+    python tests/results.py --seeds 0 1 --model OTHER --filtered  (another pretraining seed, filtered runs only)
+
+The runs go to runs/results/; one that is finished already is not run again. Both environments count alike:
+a figure is the mean over the two suites.
+"""
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+METRICS = ["pass@1", "greedy", "pass@4"]
+
+
+def summary_of(model: str, seed: int, filtered: bool) -> dict:
+    """Return the summary of a run, which is run first if it has not been."""
+    name = f"results/{Path(model).name}-seed{seed}" + ("" if filtered else "-no-filter")
+    path = Path("runs") / name / "summary.json"
+    if not path.exists():
+        options = ["--model", model, "--seed", str(seed), "--name", name] + ([] if filtered else ["--no-filter"])
+        subprocess.run([sys.executable, str(ROOT / "selfchallenge.py"), *options], check=True, stdout=subprocess.DEVNULL)
+    return json.loads(path.read_text())
+
+
+def mean_of_suites(summary: dict, phase: str, metric: str) -> float:
+    """The mean over the suites of a metric, in per cent."""
+    return 100 * fmean(suite[metric] for suite in summary[phase].values())
+
+
+def table(summaries: dict[int, dict]) -> str:
+    """Return the figures of each seed before -> after, and their mean with the standard error over seeds."""
+    columns = {metric: [(mean_of_suites(s, "before", metric), mean_of_suites(s, "after", metric)) for s in summaries.values()] for metric in METRICS}
+    lines = [f"{'seed':>5}" + "".join(f"{metric:>18}" for metric in METRICS) + f"{'tasks':>7}{'MB':>7}"]
+    for row, (seed, summary) in enumerate(summaries.items()):
+        cells = "".join(f"{'%.1f -> %.1f' % columns[metric][row]:>18}" for metric in METRICS)
+        lines.append(f"{seed:>5}{cells}{summary['filter']['ok']:>7}{summary['peak_memory_bytes'] / 1e6:>7.0f}")
+    means = "".join(f"{'%.1f -> %.1f' % tuple(map(fmean, zip(*columns[metric]))):>18}" for metric in METRICS)
+    lines.append(f"{'mean':>5}{means}")
+    if len(summaries) > 1:
+        errors = "".join(f"{'± %.1f' % (stdev(after for _, after in columns[m]) / len(summaries) ** 0.5):>18}" for m in METRICS)
+        lines.append(f"{'±':>5}{errors}   (standard error over seeds, after)")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--filtered", action="store_true", help="leave the unfiltered runs out")
+    options = parser.parse_args()
+    for filtered in [True] if options.filtered else [True, False]:
+        summaries = {seed: summary_of(options.model, seed, filtered) for seed in options.seeds}
+        print(f"\n{options.model}, {'filtered' if filtered else 'unfiltered'} (per cent, mean of the suites, before -> after)")
+        print(table(summaries), flush=True)
+
+
+if __name__ == "__main__":
+    main()

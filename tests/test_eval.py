@@ -1,0 +1,314 @@
+"""What eval.py promises: metrics equal to their definitions, sound suites, and a report that shows all text as text."""
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import eval as evaluation  # noqa: E402  (the module's name is also that of a builtin)
+from verify import CodeAsTask, Jail  # noqa: E402
+
+ATTACK = """<script src="https://evil.example/x.js">alert(1)</script><img src=x onerror='alert(1)'>"'></pre>"""
+
+
+@pytest.fixture(scope="module")
+def jail():
+    with Jail(allow_weak=True) as jail:
+        yield jail
+
+
+# ---------------------------------------------------------------------------------------------------
+# metrics
+
+@pytest.mark.parametrize("n, c, k, at_least_one, all_of_them", [
+    (4, 0, 4, 0, 0),
+    (4, 1, 4, 1, 0),
+    (4, 4, 4, 1, 1),
+    (4, 1, 1, 1 / 4, 1 / 4),
+    (4, 2, 2, 5 / 6, 1 / 6),
+    (5, 2, 3, 9 / 10, 0),
+    (8, 3, 4, 13 / 14, 0),
+    (10, 6, 4, 209 / 210, 15 / 210),
+])
+def test_metrics_by_hand(n, c, k, at_least_one, all_of_them):
+    assert evaluation.pass_at_k(n, c, k) == pytest.approx(at_least_one, abs=1e-12)
+    assert evaluation.pass_all_k(n, c, k) == pytest.approx(all_of_them, abs=1e-12)
+
+
+def test_metrics_equal_counting_all_subsets():
+    for n in range(1, 8):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            trials = [1] * c + [0] * (n - c)
+            subsets = list(itertools.combinations(trials, k))
+            assert evaluation.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+            assert evaluation.pass_all_k(n, c, k) == pytest.approx(sum(map(all, subsets)) / len(subsets))
+
+
+def test_pass_at_k_has_no_bias():
+    """Averaged over the binomial number of successes, the estimates are 1 - (1-p)^k and p^k exactly."""
+    n, k, p = 6, 4, 0.3
+    chances = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
+    at_least_one = sum(chance * evaluation.pass_at_k(n, c, k) for c, chance in enumerate(chances))
+    all_of_them = sum(chance * evaluation.pass_all_k(n, c, k) for c, chance in enumerate(chances))
+    assert at_least_one == pytest.approx(1 - (1 - p) ** k)
+    assert all_of_them == pytest.approx(p**k)
+
+
+def test_standard_error_by_hand():
+    assert evaluation.standard_error([0.0, 1.0]) == pytest.approx(0.5)  # std sqrt(1/2), over sqrt(2)
+    assert evaluation.standard_error([1.0, 1.0, 1.0]) == 0
+    assert evaluation.standard_error([0.0, 0.25, 0.5, 0.25]) == pytest.approx(math.sqrt(0.125 / 3 / 4))
+    assert evaluation.standard_error([1.0]) == 0
+
+
+REWARDS = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 1], [1, 1, 1, 1]], dtype=torch.float)
+GREEDY = torch.tensor([0, 0, 1, 1], dtype=torch.float)
+
+
+def test_summarize_by_hand():
+    numbers = evaluation.summarize(REWARDS, GREEDY)
+    assert numbers == pytest.approx({
+        "pass@1": 0.5,  # per task 0, 1/4, 3/4, 1: squared deviations 1/4, 1/16, 1/16, 1/4
+        "pass@1_se": math.sqrt(0.625 / 3 / 4),
+        "pass@4": 0.75,
+        "pass@4_se": 0.25,  # of 0, 1, 1, 1
+        "pass^4": 0.25,
+        "pass^4_se": 0.25,  # of 0, 0, 0, 1
+        "greedy": 0.5,
+        "greedy_se": math.sqrt(1 / 3 / 4),
+        "n": 4,
+    })
+
+
+def test_summarize_ignores_the_order_of_tasks_and_of_trials():
+    rewards, greedy = (torch.rand(23, 6) < 0.4).float(), (torch.rand(23) < 0.4).float()
+    order = torch.randperm(23)
+    shuffled = torch.stack([row[torch.randperm(6)] for row in rewards[order]])
+    assert evaluation.summarize(shuffled, greedy[order]) == evaluation.summarize(rewards, greedy)
+
+
+def test_fewer_than_four_trials_have_no_pass_at_4():
+    numbers = evaluation.summarize(REWARDS[:, :2], GREEDY)
+    assert numbers["pass@1"] == pytest.approx(0.625)
+    assert "pass@4" not in numbers and "pass^4" not in numbers
+    assert "–" in evaluation.format_table({"shop": numbers})
+
+
+def test_table_stands_before_and_after_side_by_side():
+    numbers = evaluation.summarize(REWARDS, GREEDY) | {"nothing": 0.0, "reference": 1.0}
+    lines = evaluation.format_table({"shop": numbers}, {"shop": numbers}).split("\n")
+    assert lines[0].split() == ["suite", "Pass@1", "Pass@4", "pass^4", "greedy", "tasks", "nothing", "reference"]
+    assert [line.split()[:5] for line in lines[1:3]] == [["shop", when, "50.0", "±", "22.8"] for when in ("before", "after")]
+    assert len(lines[0]) == len(lines[1]) == len(lines[2])
+
+
+# ---------------------------------------------------------------------------------------------------
+# suites and baselines
+
+def test_an_unknown_suite_is_answered_with_the_choices():
+    with pytest.raises(ValueError, match="unknown suite 'chess': choose from calculator, shop"):
+        evaluation.load_suite("chess")
+
+
+@pytest.mark.parametrize("name", evaluation.SUITES)
+def test_doing_nothing_passes_no_held_out_task_and_the_reference_passes_all(jail, name):
+    tasks = evaluation.load_suite(name)
+    assert len(tasks) >= 40 and {task.env for task in tasks} == {name}
+    assert [task.instruction for task in tasks if evaluation.play_nothing(jail, task)] == []
+    assert [task.instruction for task in tasks if not evaluation.play_reference(jail, task)] == []
+
+
+def test_a_solution_that_breaks_off_does_not_pass(jail):
+    lenient = CodeAsTask("calculator", 0, "?", "def evaluate(answer):\n    return answer == 1", "result = 1\n1 / 0", [])
+    assert not evaluation.play_reference(jail, lenient)
+
+
+def test_a_baseline_gets_the_numbers_of_a_policy(jail):
+    numbers = evaluation.evaluate_baseline("reference", jail, ["shop"])["shop"]
+    size = len(evaluation.load_suite("shop"))
+    assert [numbers[key] for key in ("pass@1", "pass@4", "pass^4", "greedy", "n")] == [1, 1, 1, 1, size]
+    assert (numbers["nothing"], numbers["reference"]) == (0, 1)
+
+
+@pytest.mark.skipif(not (ROOT / "tiny" / "config.json").exists(), reason="the embedded model has not been made")
+def test_a_policy_is_measured_reproducibly_and_with_a_record_of_every_episode(jail):
+    policy = evaluation.load_policy("tiny")
+    limits = {"context": 160, "turn_tokens": 60}
+    numbers, records = evaluation.evaluate_policy(policy, jail, ["shop"], seed=1, trials=2, label="before", **limits)
+    again, _ = evaluation.evaluate_policy(policy, jail, ["shop"], seed=1, trials=2, label="before", **limits)
+    size = len(evaluation.load_suite("shop"))
+    assert numbers == again and numbers["shop"]["n"] == size
+    sampled = [record for record in records if not record["greedy"]]
+    greedy = [record for record in records if record["greedy"]]
+    assert (len(sampled), len(greedy)) == (2 * size, size)
+    assert {(record["phase"], record["env"]) for record in records} == {("before", "shop")}
+    assert numbers["shop"]["pass@1"] == pytest.approx(sum(record["reward"] for record in sampled) / len(sampled))
+    assert numbers["shop"]["greedy"] == pytest.approx(sum(record["reward"] for record in greedy) / len(greedy))
+
+
+# ---------------------------------------------------------------------------------------------------
+# the report
+
+def made_up_run(folder: Path, text: str) -> Path:
+    """Write a run's files with `text` wherever a text may stand."""
+    numbers = evaluation.summarize(REWARDS, GREEDY) | {"nothing": 0.0, "reference": 1.0}
+    code = {"env": text, "seed": 3, "instruction": text, "evaluate": text, "solution": text, "failures": [text] * 3}
+    trajectory = {"step": None, "env": text, "seed": 3, "instruction": text, "status": text, "greedy": True,
+                  "messages": [{"role": text, "content": text}]}
+    files = {
+        "config.json": {"model": text, "seed": text, text: text},
+        "summary.json": {"model": text, "seed": 0, "before": {text: numbers, "shop": numbers}, "after": {text: numbers},
+                         "filter": {text: 3, "runs": 2, "ok": 2}, "wall_s": {text: 1.5, "train": 100.25},
+                         "peak_memory_bytes": 2**30, "versions": {text: text}},
+        "tasks.jsonl": [code] * 9,
+        "rejected.jsonl": [{**code, "stage": text, "reason": text}, {"stage": "parse", "reason": text, "text": text}],
+        "metrics.jsonl": [{"step": step, "reward": step / 4, "signal": 0.5, "loss": -1e-7} for step in range(4)],
+        "trajectories.jsonl": [{**trajectory, "phase": phase, "reward": reward}
+                               for phase, reward in [("challenge", 1.0), ("before", 0.0), ("after", 1.0), (text, 0.0)]],
+    }
+    for name, content in files.items():
+        lines = content if isinstance(content, list) else [content]
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+ELEMENTS = {"html", "meta", "title", "style", "section", "h1", "h2", "h3", "h4", "p", "b", "i", "br", "small", "span", "div",
+            "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre", "figure", "figcaption", "svg", "rect",
+            "path", "text", "polyline", "circle"}
+
+
+class Page(HTMLParser):
+    """The elements, attributes and visible text of a page."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.elements, self.attributes, self.text = [], [], ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_report_shows_a_models_html_as_text(tmp_path):
+    page = Page(evaluation.write_report(made_up_run(tmp_path, ATTACK)))
+    assert not {"script", "img", "link", "iframe", "object", "form", "a"} & set(page.elements)
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "href")]
+    assert page.text.count(ATTACK) > 50
+    assert ATTACK[:20] not in (tmp_path / "report.html").read_text()
+
+
+def test_report_loads_nothing_from_a_network(tmp_path):
+    html = evaluation.write_report(made_up_run(tmp_path, "harmless")).read_text()
+    assert not [word for word in ("http://", "https://", "//", "url(", "@import", "<script", "src=") if word in html]
+
+
+def test_report_is_well_formed_and_has_every_section(tmp_path):
+    page = Page(evaluation.write_report(made_up_run(tmp_path, "words")))
+    for heading in ("Held-out tasks", "The filter", "Learning curve", "Tasks that were kept", "Transcripts", "Time"):
+        assert heading in page.text
+    assert page.text.count("words, seed 3") == 6  # six of the nine tasks are shown
+    assert "before: words" in page.text and "after: words" in page.text
+    assert "50.0 ± 22.8" in page.text
+
+
+@pytest.mark.parametrize("missing", range(len(evaluation.RUN_FILES)))
+def test_report_does_without_any_one_file_and_with_any_one_alone(tmp_path, missing):
+    made_up_run(tmp_path, "words")
+    name = evaluation.RUN_FILES[missing]
+    content = (tmp_path / name).read_text()
+    (tmp_path / name).unlink()
+    assert "<h2>Transcripts" in evaluation.write_report(tmp_path).read_text()
+    for other in evaluation.RUN_FILES:
+        (tmp_path / other).unlink(missing_ok=True)
+    (tmp_path / name).write_text(content)
+    assert "<h2>Transcripts" in evaluation.write_report(tmp_path).read_text()
+
+
+def test_report_survives_half_a_last_line_but_names_a_damaged_file(tmp_path):
+    made_up_run(tmp_path, "words")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "rew')
+    assert "4 steps" in evaluation.write_report(tmp_path).read_text()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match="metrics.jsonl' is damaged"):
+        evaluation.write_report(tmp_path)
+
+
+def test_transcripts_show_a_task_that_training_has_solved():
+    def episode(phase, seed, reward, greedy=True):
+        return {"phase": phase, "env": "shop", "seed": seed, "instruction": "?", "reward": reward, "greedy": greedy}
+
+    always, never = [[episode(phase, seed, reward) for phase in ("before", "after")] for seed, reward in [(1, 1.0), (2, 0.0)]]
+    sampled = [episode("before", 3, 0.0, greedy=False), episode("after", 3, 1.0, greedy=False)]
+    learnt = [episode("before", 4, 0.0), episode("after", 4, 1.0)]
+    assert evaluation.chosen_trajectories([*always, *sampled, *never, *learnt])[:2] == learnt
+    assert evaluation.chosen_trajectories([*always, *sampled, *never])[:2] == sampled
+    assert evaluation.chosen_trajectories(always) == always
+
+
+def test_the_filters_bars_count_down_to_the_kept_tasks(tmp_path):
+    counts = {"parse": 20, "runs": 30, "solution": 25, "failures": 15, "held-out": 0, "duplicate": 0, "ok": 10}
+    (tmp_path / "summary.json").write_text(json.dumps({"filter": counts}))
+    text = Page(evaluation.write_report(tmp_path)).text
+    assert all(f"{left} ({left}%)" in text for left in (80, 50, 25, 10)) and "is new" not in text
+
+
+def test_report_survives_random_text(tmp_path):
+    generator = random.Random(0)
+    alphabet = "<>&\"'`{}\\/=-!\0\u2028\ud800é0a \n"
+    text = "".join(generator.choice(alphabet) for _ in range(300))
+    page = Page(evaluation.write_report(made_up_run(tmp_path, text)))
+    assert set(page.elements) <= ELEMENTS
+
+
+# ---------------------------------------------------------------------------------------------------
+# the command line
+
+def test_the_script_answers_a_missing_model_with_one_sentence():
+    """The one test that starts a process: to import torch takes seconds."""
+    command = [sys.executable, str(ROOT / "eval.py"), "--policy", "no-such-model", "--allow-weak-jail"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=100)
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert "cannot load the model 'no-such-model'" in finished.stderr.splitlines()[-1]
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--suite", "shop", "chess"], "unknown suite 'chess': choose from calculator, shop"),
+    (["--trials", "0"], "--trials must be at least 1"),
+    (["--report", "nowhere"], "'nowhere' is not the folder of a run"),
+])
+def test_a_users_mistake_gets_one_sentence(arguments, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
+    assert evaluation.main() == 2
+    printed, complaint = capsys.readouterr()
+    assert printed == "" and sentence in complaint and complaint.count("\n") == 1
+
+
+def test_json_is_one_object_on_standard_output(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--suite", "calculator", "--policy", "nothing", "--json", "--allow-weak-jail"])
+    assert evaluation.main() == 0
+    assert json.loads(capsys.readouterr().out)["calculator"]["pass@1"] == 0
+
+
+def test_report_is_rebuilt_from_the_command_line(tmp_path, monkeypatch, capsys):
+    made_up_run(tmp_path, "words")
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--report", str(tmp_path)])
+    assert evaluation.main() == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")

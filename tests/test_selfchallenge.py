@@ -1,0 +1,300 @@
+"""The loop: the challenger's episode, what stays unseen, an exact resume, and what a run leaves."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import selfchallenge
+from eval import SUITES, load_suite
+from selfchallenge import EXAMPLES, Challenger, HeldOut, challenger_prompt, near, parameters, render_task, sort_out, words
+from tools import ENVIRONMENTS
+from verify import CodeAsTask, Jail, Judgement, judge, parse_task
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--challenges", "24", "--steps", "3", "--tasks-per-step", "4", "--rollouts", "4", "--parallel", "12", "--trials", "1"]
+
+
+@pytest.fixture(scope="module")
+def jail():
+    with Jail(allow_weak=True) as jail:
+        yield jail
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return HeldOut([task for suite in SUITES for task in load_suite(suite)])
+
+
+def command(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "selfchallenge.py"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=240, **options
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# the challenger
+
+@pytest.mark.parametrize("env", ENVIRONMENTS)
+def test_the_worked_example_of_the_prompt_passes_the_filter(jail, env):
+    assert judge(jail, EXAMPLES[env]).ok
+    assert render_task(EXAMPLES[env]) in challenger_prompt(env)
+
+
+@pytest.mark.parametrize("env", ENVIRONMENTS)
+def test_a_rendered_task_is_read_back_as_it_was(env):
+    assert parse_task(render_task(EXAMPLES[env]), env, EXAMPLES[env].seed) == EXAMPLES[env]
+
+
+@pytest.mark.parametrize("env", ENVIRONMENTS)
+def test_the_challenger_s_prompt_documents_every_tool_and_every_tag(env):
+    prompt = challenger_prompt(env)
+    for name in [*ENVIRONMENTS[env].tools(), "<instruction>", "<evaluation_function>", "<solution>", "<failure_case>"]:
+        assert name in prompt
+
+
+def answer(task: CodeAsTask) -> str:
+    return f"THOUGHT: sound END THOUGHT\nANSWER:\n{render_task(task)}\nEND ANSWER"
+
+
+def test_a_sound_task_ends_the_episode(jail):
+    episode = Challenger(jail, "shop", 0)
+    assert "clock pending" in episode.step(
+        'ACTION:\nfor o in list_orders(find_customer("Hugo")):\n    print(o["item"], o["status"])\nEND ACTION'
+    )
+    assert episode.step(answer(EXAMPLES["shop"])) is None
+    assert episode.reward == 1.0 and episode.submissions[-1][1].ok
+
+
+def test_a_rejection_is_the_next_observation_and_the_task_may_be_mended(jail):
+    broken = CodeAsTask(**{**vars(EXAMPLES["shop"]), "evaluate": "def evaluate():\n    return unknown_name"})
+    episode = Challenger(jail, "shop", 0, revisions=1)
+    reply = episode.step(answer(broken))
+    assert "unknown_name" in reply and "Traceback" not in reply.split("\n")[0]
+    assert episode.step(answer(EXAMPLES["shop"])) is None
+    assert [judgement.stage for _, judgement in episode.submissions] == ["runs", "ok"]
+
+
+def test_revisions_are_bounded(jail):
+    lenient = CodeAsTask(**{**vars(EXAMPLES["shop"]), "evaluate": "def evaluate():\n    return True"})
+    episode = Challenger(jail, "shop", 0, revisions=1)
+    assert episode.step(answer(lenient)) is not None
+    assert episode.step(answer(lenient)) is None
+    assert episode.reward == 0.0 and episode.status == "failures"
+
+
+def test_exploring_leaves_no_trace_in_the_world_in_which_the_task_is_judged(jail):
+    episode = Challenger(jail, "shop", 0)
+    episode.step('ACTION:\ncancel_order(find_order(find_customer("Hugo"), "clock"))\nEND ACTION')
+    assert episode.step(answer(EXAMPLES["shop"])) is None and episode.reward == 1.0
+
+
+def test_an_endless_challenger_runs_out_of_steps(jail):
+    episode = Challenger(jail, "shop", 0)
+    replies = [episode.step("ACTION:\nprint(1)\nEND ACTION") for _ in range(selfchallenge.CHALLENGER_STEPS)]
+    assert replies[-1] is None and all(replies[:-1]) and episode.status == "out of steps"
+
+
+# ---------------------------------------------------------------------------------------------------
+# what is kept
+
+def handed_in(task: CodeAsTask | None, judgement: Judgement):
+    episode = Challenger.__new__(Challenger)  # an episode that is over: only its submissions count
+    episode.env, episode.seed, episode.status = "shop", 0, "running"
+    episode.messages, episode.submissions = [{"role": "assistant", "content": "text"}], [(task, judgement)]
+    return episode
+
+
+KEPT, REJECTED = Judgement(True, "ok", "", 0.0), Judgement(False, "failures", "failure case 1 passes", 0.0)
+
+
+def test_every_attempt_is_sorted_out(held_out):
+    task, known = EXAMPLES["shop"], []
+    assert sort_out(handed_in(task, REJECTED), known, held_out, filtered=True)["stage"] == "failures"
+    assert sort_out(handed_in(task, KEPT), known, held_out, filtered=True) is None
+    assert sort_out(handed_in(task, KEPT), known, held_out, filtered=True)["stage"] == "duplicate"
+    assert sort_out(handed_in(None, REJECTED), known, held_out, filtered=True)["stage"] == "parse"
+    assert sort_out(handed_in(held_out.tasks[-1], KEPT), known, held_out, filtered=True)["stage"] == "held-out"
+
+
+def test_without_the_filter_a_rejected_task_is_kept_but_a_held_out_one_is_not(held_out):
+    assert sort_out(handed_in(EXAMPLES["shop"], REJECTED), [], held_out, filtered=False) is None
+    assert sort_out(handed_in(held_out.tasks[-1], REJECTED), [], held_out, filtered=False)["stage"] == "held-out"
+
+
+def test_near_duplicates_share_nine_tenths_of_their_words():
+    a = words("Anna wants to cancel the tea and return the lamp.")
+    assert near(a, words("anna wants to cancel the tea and return the lamp".replace("anna", "Anna")))
+    assert not near(a, words("Anna wants to cancel the tea and return the drum."))
+
+
+# ---------------------------------------------------------------------------------------------------
+# what stays unseen
+
+def test_parameters_are_who_what_and_how_many():
+    shop = next(task for task in load_suite("shop") if "pieces" in task.instruction)
+    named = parameters(shop)
+    assert any(word.isdigit() for word in named) and any(word[0].isupper() for word in named)
+    assert not named & {"wants", "to", "change", "the", "pieces", "Please", "for"}
+
+
+def test_a_held_out_task_leaks_in_whatever_words(held_out):
+    for task in held_out.tasks:
+        assert held_out.leaks(task.instruction)
+        assert held_out.leaks("Quite other words, but about " + ", ".join(sorted(parameters(task))))
+
+
+def test_the_prompts_give_no_held_out_task_away(held_out):
+    for task in EXAMPLES.values():
+        assert not held_out.leaks(task.instruction)
+    for env in ENVIRONMENTS:
+        assert not any(task.instruction in challenger_prompt(env) for task in held_out.tasks)
+
+
+def test_the_pretraining_corpus_gives_no_held_out_task_away(held_out):
+    """A part of the very corpus from which tiny/ was made: no message of any demonstration leaks."""
+    sys.path.insert(0, str(ROOT / "tiny"))
+    import pretrain
+
+    instructions = 0
+    for messages in pretrain.demonstrations(seed=0, number=300):
+        for message in messages[1:]:
+            for line in message["content"].split("\n"):
+                if line.startswith("<instruction>") or message is messages[1]:
+                    instructions += 1
+                    assert not held_out.leaks(line)
+    assert instructions > 250
+
+
+def test_a_corpus_would_leak_without_the_check(held_out):
+    """The check has something to do: teachers left alone do hit held-out parameters."""
+    sys.path.insert(0, str(ROOT / "tiny"))
+    import random
+
+    import pretrain
+
+    rng = random.Random(0)
+    drawn = [pretrain.random_calculation(rng).instruction(rng) for _ in range(5000)]
+    assert any(held_out.leaks(instruction) for instruction in drawn)
+
+
+# ---------------------------------------------------------------------------------------------------
+# a run, whole and interrupted
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    done = command(*SMALL, "--name", "a", cwd=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "runs" / "a"
+
+
+def test_a_run_leaves_what_the_contract_names(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert names >= {
+        "config.json", "tasks.jsonl", "rejected.jsonl", "trajectories.jsonl", "metrics.jsonl", "summary.json", "report.html", "adapter", "checkpoint"
+    }
+    summary = json.loads((whole / "summary.json").read_text())
+    assert set(summary) >= {"model", "seed", "before", "after", "filter", "wall_s", "peak_memory_bytes", "versions"}
+    for phase in ("before", "after"):
+        for suite in SUITES:
+            assert set(summary[phase][suite]) >= {"pass@1", "n"}
+    kept = (whole / "tasks.jsonl").read_text().splitlines()
+    rejected = (whole / "rejected.jsonl").read_text().splitlines()
+    assert len(kept) + len(rejected) == 24 == sum(summary["filter"].values())
+    assert all(list(json.loads(line)) == ["env", "seed", "instruction", "evaluate", "solution", "failures"] for line in kept)
+    assert all(json.loads(line)["reason"] for line in rejected)
+    assert len((whole / "metrics.jsonl").read_text().splitlines()) == 3
+    assert (whole / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_no_task_of_a_run_leaks(whole, held_out):
+    lines = [json.loads(line) for line in (whole / "tasks.jsonl").read_text().splitlines()]
+    assert lines and not any(held_out.leaks(line["instruction"]) for line in lines)
+
+
+def test_the_kept_tasks_pass_the_filter_again(whole):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "verify.py"), str(whole / "tasks.jsonl")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and all(json.loads(line)["ok"] for line in done.stdout.splitlines())
+
+
+COMPARED = ["tasks.jsonl", "rejected.jsonl", "metrics.jsonl", "trajectories.jsonl", "adapter/adapter_model.safetensors"]
+
+
+def interrupted_when(folder: Path, name: str, lines: int) -> Path:
+    """Start the same run, and interrupt it once a file has so many lines; return the run's folder."""
+    run = folder / "runs" / "a"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "selfchallenge.py"), *SMALL, "--name", "a"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / name).exists() and len((run / name).read_text().splitlines()) >= lines:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors[-2000:]
+    assert "--resume" in errors and "Traceback" not in errors
+    return run
+
+
+@pytest.mark.parametrize("name, lines", [("rejected.jsonl", 1), ("metrics.jsonl", 2)])
+def test_a_resumed_run_equals_one_that_was_never_interrupted(whole, tmp_path, name, lines):
+    run = interrupted_when(tmp_path, name, lines)
+    done = command("--resume", str(run), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for file in COMPARED:
+        assert (run / file).read_bytes() == (whole / file).read_bytes(), file
+    ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (run, whole))
+    assert all(ours[key] == theirs[key] for key in ("before", "after", "filter"))
+
+
+def test_a_finished_run_is_not_overwritten(whole):
+    done = command(*SMALL, "--name", "a", cwd=whole.parent.parent)
+    assert done.returncode == 2 and "exists already" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = {path.name: path.read_bytes() for path in run.glob("*.jsonl")}
+    state = run / "checkpoint" / "state.pt"
+    state.write_bytes(state.read_bytes()[: 2000])
+    done = command("--resume", str(run), cwd=tmp_path)
+    assert done.returncode == 2 and "damaged" in done.stderr and "Traceback" not in done.stderr
+    assert {path.name: path.read_bytes() for path in run.glob("*.jsonl")} == before
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--model", "no/such-folder"], "cannot load the model"),
+        (["--resume", "nowhere"], "no run to resume"),
+        (["--env", "chess"], "invalid choice"),
+        (["--steps", "many"], "invalid int"),
+        (["--rollouts", "1"], "at least two"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(tmp_path, arguments, said):
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_sentence(tmp_path):
+    run = tmp_path / "runs" / "full"
+    run.mkdir(parents=True)
+    options = vars(selfchallenge.parse_options(SMALL))
+    (run / "config.json").write_text(json.dumps({k: v for k, v in options.items() if k not in ("resume", "name")}))
+    os.symlink("/dev/full", run / "trajectories.jsonl")
+    done = command("--resume", str(run), cwd=tmp_path)
+    assert done.returncode == 2 and "No space left" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,751 @@
+"""Code-as-Task: the data type, its parser, the jail in which model-written code runs, and the filter.
+
+A challenger writes a task as four parts (section 3 of the paper): an instruction, an evaluation
+function, an example solution and failure cases. The filter keeps a task only if all of its code
+runs, the solution passes the evaluation, and no failure case does.
+
+Departures from the paper, and why:
+- `evaluate(answer)` replaces `<expected_output>`, so that all worlds share one format.
+- Doing nothing must fail as well: a task that asks for nothing rewards every executor.
+- `evaluate` is repeated under other random seeds, and must leave the state alone: a verdict that
+  flips, or that brings about what it looks for, is none.
+- The paper does not say how code is isolated. Here the state stays in this process, and code runs in
+  a child that can only compute and talk through one pipe: a tool call goes out as data, and its
+  result comes back as data. This process alone makes verdicts of values.
+
+    python verify.py tasks.jsonl        judges the tasks in a file, one JSON verdict a line
+
+Read next: rl.py, in which a policy plays against these tasks.
+"""
+import argparse
+import contextlib
+import copy
+import ctypes
+import gc
+import io
+import itertools
+import json
+import linecache
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import traceback
+import types
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Callable, Iterable, Iterator
+
+from tqdm import tqdm
+
+from tools import ENVIRONMENTS, Environment, ToolError, make_environment
+
+STAGES = ("parse", "runs", "solution", "failures", "ok")  # where a task can end, in the order of the filter
+FAILURE_CASES = range(3, 17)     # how many a task may have: the paper asks for three
+SOURCE_CHARACTERS = 64 * 1024    # in an instruction or a source
+LINE_BYTES = 1024 * 1024         # in a line of a task file
+ANSWER_CHARACTERS = 4_000        # in a final answer
+OBSERVATION_CHARACTERS = 4_000   # that a model sees of the output of an action
+TOOL_CALLS = 1_000               # in an action
+
+
+# ---------------------------------------------------------------------------------------------------
+# a task is data
+
+class TaskError(ValueError):
+    """Why a task is rejected: `stage` is one of STAGES, `reason` a text from which it can be revised."""
+
+    def __init__(self, stage: str, reason: str):
+        super().__init__(reason)
+        self.stage, self.reason = stage, reason
+
+
+@dataclass
+class CodeAsTask:
+    env: str             # the name of an environment
+    seed: int            # the seed of its reset
+    instruction: str     # what the executor is asked to do
+    evaluate: str        # source of evaluate() or evaluate(answer), which returns True or False
+    solution: str        # source that solves the task; what it leaves in `result` is its final answer
+    failures: list[str]  # sources that come close but must not pass
+
+    def to_json(self) -> str:
+        """Return the task as one line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> "CodeAsTask":
+        """Return the task that a line of JSON holds; raises TaskError at stage "parse" otherwise."""
+        if len(line) > LINE_BYTES:
+            raise TaskError("parse", f"the line is longer than {LINE_BYTES:,} bytes")
+        try:
+            data = json.loads(line)
+            task = cls(**{name: data[name] for name in cls.__annotations__})
+        except KeyError as missing:
+            raise TaskError("parse", f"the line lacks {missing}") from None
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TaskError("parse", f"the line is not a JSON object: {error}") from None
+        check_form(task)
+        return task
+
+
+def check_form(task: CodeAsTask) -> None:
+    """Raise TaskError at stage "parse" unless each part of the task has the right type and size."""
+    if not isinstance(task.env, str) or task.env not in ENVIRONMENTS:
+        raise TaskError("parse", f"env must be one of {', '.join(ENVIRONMENTS)}, not {str(task.env)[:80]!r}")
+    if type(task.seed) is not int or abs(task.seed) >= 2**63:
+        raise TaskError("parse", "seed must be a whole number of at most 64 bits")
+    if not isinstance(task.failures, list) or len(task.failures) not in FAILURE_CASES:
+        raise TaskError("parse", f"a task needs {FAILURE_CASES[0]} to {FAILURE_CASES[-1]} failure cases")
+    parts = {"instruction": task.instruction, "evaluate": task.evaluate, "solution": task.solution}
+    parts |= {f"failure case {number}": code for number, code in enumerate(task.failures, start=1)}
+    for name, text in parts.items():
+        if problem := text_problem(text):
+            raise TaskError("parse", f"{name} {problem}")
+
+
+def text_problem(text: Any) -> str | None:
+    """Return what makes an instruction or source unfit, or None; only a child ever parses a source."""
+    if not isinstance(text, str) or not text.strip():
+        return "is empty or not text"
+    if len(text) > SOURCE_CHARACTERS:
+        return f"is longer than {SOURCE_CHARACTERS:,} characters"
+    return "holds a NUL or half a character" if re.search(r"[\x00\ud800-\udfff]", text) else None
+
+
+# ---------------------------------------------------------------------------------------------------
+# what a model writes: steps, and tasks
+
+REMINDER = ("Write THOUGHT: your thought END THOUGHT, then exactly one of "
+            "ACTION: Python code END ACTION and ANSWER: your final answer END ANSWER.")
+
+
+class FormatError(ValueError):
+    """A malformed step; the message is the reminder that the model sees as its observation."""
+
+
+@dataclass
+class Step:
+    thought: str
+    kind: str     # "action" or "answer"
+    content: str  # the code, or the final answer
+
+
+def parse_step(text: str) -> Step:
+    """Return the step in a model's text, whose thought may be missing; raises FormatError otherwise."""
+    thought, rest = "", text
+    if text.lstrip().startswith("THOUGHT:"):
+        thought, _, rest = text.partition("THOUGHT:")[2].partition("END THOUGHT")
+    opening = re.search(r"\b(ACTION|ANSWER):", rest)
+    if opening is None:
+        raise FormatError(f"There is no ACTION and no ANSWER after the thought. {REMINDER}")
+    kind = opening[1]
+    content, closed, after = rest[opening.end():].partition(f"END {kind}")
+    content = strip_fence(content) if kind == "ACTION" else content.strip()
+    if not closed or re.search(r"\b(ACTION|ANSWER):", after) or kind == "ACTION" and not content:
+        raise FormatError(f"The {kind} is empty, not closed, or not the only one. {REMINDER}")
+    return Step(thought.strip(), kind.lower(), content)
+
+
+def strip_fence(code: str) -> str:
+    """Return code without the indentation and the Markdown fence that models put around it."""
+    code = textwrap.dedent(code).strip() if code.lstrip(" \t").startswith("\n") else code.strip()
+    return strip_fence(code.partition("\n")[2].removesuffix("```")) if code.startswith("```") else code
+
+
+def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
+    """Return the task in a challenger's answer; raises TaskError at stage "parse" that says what is missing."""
+    parts = {}
+    for tag in ("instruction", "evaluation_function", "solution", "failure_case"):
+        closing = f"</{tag}>"
+        parts[tag] = [part.partition(closing)[0] for part in text.split(f"<{tag}>") if closing in part]
+        if not parts[tag] or len(parts[tag]) > 1 and tag != "failure_case":
+            raise TaskError("parse", f"<{tag}>…{closing} stands in the answer {len(parts[tag])} times instead of once")
+    codes = [strip_fence(code) for tag in ("evaluation_function", "solution", "failure_case") for code in parts[tag]]
+    task = CodeAsTask(env, seed, parts["instruction"][0].strip(), codes[0], codes[1], codes[2:])
+    check_form(task)
+    return task
+
+
+# ---------------------------------------------------------------------------------------------------
+# INSIDE THE JAIL
+# A fork server executes the text from here to OUTSIDE and nothing else of the project: with tools.py in
+# its memory, model-written code could compute the hidden states. The server has one thread and little
+# memory, since that is what a fork costs, and forks one child for each untrusted author.
+
+MEMORY_BYTES = 256 * 1024 * 1024  # of address space in a child
+PROCESSOR_SECONDS = 60            # in the life of a child; the parent sets a wall deadline to each action
+MESSAGE_BYTES = 1024 * 1024       # in a message on the pipe
+PRINTED_CHARACTERS = 20_000       # kept of the output of an action
+ERROR_CHARACTERS = 1_000          # kept of the end of a traceback
+NESTING = 50                      # levels of lists and dicts in plain data
+
+# What code can import: a child cannot open files, so the server imports what a child may need.
+MODULES = """base64 bisect calendar cmath collections.abc copy ctypes dataclasses datetime decimal encodings.ascii
+    encodings.latin_1 enum fractions functools gc heapq io itertools json linecache math numbers operator os random re
+    resource signal socket statistics string struct sys textwrap time traceback types typing unicodedata _strptime""".split()
+
+# All that a child may ask of the kernel, by the numbers of x86-64 and aarch64. None of these calls takes a path
+# or makes a process or a descriptor; kill is missing, and so are fcntl and ioctl, by which a signal can be sent too.
+SYSTEM_CALLS = {
+    "read": (0, 63), "write": (1, 64), "close": (3, 57), "fstat": (5, 80), "lseek": (8, 62), "mmap": (9, 222),
+    "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216), "madvise": (28, 233),
+    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132),
+    "sched_yield": (24, 124), "nanosleep": (35, 101), "clock_gettime": (228, 113), "clock_getres": (229, 114),
+    "clock_nanosleep": (230, 115), "select": (23, 72), "pselect6": (270, 72), "futex": (202, 98), "getpid": (39, 172),
+    "gettid": (186, 178), "getrusage": (98, 165), "getrandom": (318, 278), "restart_syscall": (219, 128),
+    "exit": (60, 93), "exit_group": (231, 94),
+}
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # the column above, the kernel's name of it
+
+
+def seccomp_program() -> bytes:
+    """Return the filter in the kernel's BPF: SYSTEM_CALLS are allowed, all others fail with an error."""
+    column, architecture = MACHINES[os.uname().machine]
+    load, equal, give = 0x20, 0x15, 0x06  # the argument is what to load, to compare with, or to give
+    allow, error, kill = 0x7FFF0000, 0x00050000, 0x80000000
+    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
+    for numbers in SYSTEM_CALLS.values():
+        program += [(equal, 0, 1, numbers[column]), (give, 0, 0, allow)]  # if unequal, skip 1
+    program += [(equal, 0, 1, 435), (give, 0, 0, error | 38)]  # clone3: ENOSYS, upon which libc tries clone
+    program += [(give, 0, 0, error | 1)]                       # EPERM, which Python raises as PermissionError
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+
+
+def make_confine(strong: bool) -> Callable[[], None]:
+    """Return the function by which a child gives up for good what it does not need; weak means the limits alone.
+
+    The server prepares all that it can, because each page of memory that a child touches costs a copy.
+    """
+    import resource  # here, because this file must get as far as saying that Windows cannot have the jail
+    limits = {resource.RLIMIT_CPU: PROCESSOR_SECONDS, resource.RLIMIT_NOFILE: 16, resource.RLIMIT_NPROC: 0,
+              resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}
+    linux = sys.platform == "linux"
+    if linux:  # elsewhere this limit is missing, or below what Python itself occupies
+        limits[resource.RLIMIT_AS] = MEMORY_BYTES
+        prctl = ctypes.CDLL(None).prctl
+    program = seccomp_program() if strong else b""
+    instructions = ctypes.create_string_buffer(program)
+
+    def confine() -> None:
+        pointer = struct.pack("HP", len(program) // 8, ctypes.addressof(instructions))
+        for limit, most in limits.items():
+            resource.setrlimit(limit, (most, most))
+        if linux:
+            prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: end with the server
+        if strong and (prctl(38, 1, 0, 0, 0) or prctl(22, 2, pointer, 0, 0)):
+            os._exit(1)  # without PR_SET_NO_NEW_PRIVS and PR_SET_SECCOMP nothing untrusted may run
+    return confine
+
+
+def serve(descriptor: int, seed: int, strong: bool) -> None:
+    """The fork server: a request is 0 with a descriptor, to fork a child on it, or the pid of a child to end.
+
+    Children are reaped only when they are to end, so that a pid never comes to mean another process.
+    The end of the control socket means that the parent is gone; the kernel then ends the children.
+    """
+    control = socket.socket(fileno=descriptor)
+    confine = make_confine(strong)
+    sys.path.clear()
+    os.environ.clear()
+    gc.freeze()  # or a collection in a child would touch, and so copy, the server's memory
+    while len((request := socket.recv_fds(control, 8, 1))[0]) == 8:
+        (pid,), channels = struct.unpack("q", request[0]), request[1]
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        else:
+            pid = fork_child(control, channels[0], seed, confine)
+            os.close(channels[0])
+        control.sendall(struct.pack("q", pid))
+
+
+def fork_child(control: socket.socket, channel: int, seed: int, confine: Callable[[], None]) -> int:
+    """Fork a confined child; return its pid, or the negative error number if the system refuses."""
+    try:
+        pid = os.fork()
+    except OSError as error:
+        return -error.errno
+    if pid == 0:
+        try:
+            control.close()
+            confine()
+            random.seed(seed)
+            obey(open(channel, "rb"), open(channel, "wb"))
+        finally:
+            os._exit(1)
+    return pid
+
+
+def plain(value: Any, nesting: int = NESTING) -> Any:
+    """Return `value` as plain data, tuples as lists; raises ValueError for all that is not plain data."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return value.encode().decode()  # raises for half a surrogate pair, which no file could hold
+    if isinstance(value, int) and abs(value) < 2**63:
+        return int(value)
+    if isinstance(value, float) and abs(value) < float("inf"):
+        return float(value)
+    if isinstance(value, (list, tuple)) and nesting:
+        return [plain(item, nesting - 1) for item in value]
+    if isinstance(value, dict) and nesting and all(isinstance(key, str) for key in value):
+        return {plain(key): plain(item, nesting - 1) for key, item in value.items()}
+    raise ValueError(f"{type(value).__name__}: only text, finite numbers of 64 bits, True, False, None, lists and "
+                     f"dicts with text as keys can leave the code, nested at most {NESTING} times")
+
+
+def pack(message: Any) -> bytes:
+    """Return the line that carries a message through the pipe; raises ValueError if it is not plain or too long."""
+    line = json.dumps(plain(message)).encode() + b"\n"
+    if len(line) > MESSAGE_BYTES:
+        raise ValueError(f"more than {MESSAGE_BYTES:,} bytes of data")
+    return line
+
+
+def obey(reader: io.BufferedReader, writer: io.BufferedWriter) -> None:
+    """The life of a child: learn the names of the tools, then carry out requests until the pipe is closed."""
+    def send(message: Any) -> None:
+        writer.write(pack(message))
+        writer.flush()
+
+    def make_stub(name: str) -> Callable:
+        def stub(*arguments: Any, **keywords: Any) -> Any:
+            send({"tool": name, "arguments": arguments, "keywords": keywords})
+            reply = json.loads(reader.readline())
+            if "refusal" in reply:
+                raise ToolError(reply["refusal"])
+            return reply["value"]
+        stub.__name__ = stub.__qualname__ = name
+        return stub
+
+    ToolError = type("ToolError", (Exception,), {"__module__": "builtins"})  # tracebacks then show the bare name
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    variables = vars(sys.modules["__main__"])
+    variables.update({name: make_stub(name) for name in json.loads(reader.readline())}, ToolError=ToolError)
+    for number in itertools.count(1):
+        request = json.loads(reader.readline())
+        sys.stdout = sys.stderr = printed = io.StringIO()
+        value = error = None
+        try:
+            value = plain(carry_out(variables, f"<action {number}>", **request))
+        except BaseException as failure:  # SystemExit too: the process is still needed
+            error = explain(failure)
+        text = printed.getvalue()[:PRINTED_CHARACTERS].encode(errors="replace").decode()
+        send({"printed": text, "error": error, "value": value})
+
+
+def carry_out(variables: dict, filename: str, code: str = "", name: str = "", arguments: list | None = None) -> Any:
+    """Run the code if there is any; otherwise return a variable or, given arguments, what it returns when called."""
+    if code:
+        linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)  # for tracebacks
+        return exec(compile(code, filename, "exec", dont_inherit=True), variables)
+    if name not in variables:
+        raise NameError(f"the code does not define {name}")
+    if arguments is None:
+        return variables[name]
+    if hasattr(variables[name], "__code__"):  # evaluate() and evaluate(answer) are called alike
+        arguments = arguments[:variables[name].__code__.co_argcount]
+    return variables[name](*arguments)
+
+
+def explain(failure: BaseException) -> str:
+    """Return the end of a traceback, in which only lines of the model's own code appear."""
+    frames = [frame for frame in traceback.extract_tb(failure.__traceback__) if frame.filename.startswith("<action")]
+    lines = [f"{frame.filename}, line {frame.lineno}: {frame.line}\n" for frame in frames[-3:]]
+    text = "".join(lines + traceback.format_exception_only(failure)).strip()
+    text += f" (of {MEMORY_BYTES // 2**20} MB)" if isinstance(failure, MemoryError) else ""
+    return text[-ERROR_CHARACTERS:].encode(errors="replace").decode()
+
+
+# ---------------------------------------------------------------------------------------------------
+# OUTSIDE: the parent's end of the jail
+
+class JailError(RuntimeError):
+    """This system cannot have the jail, or has broken it; the message is a sentence for the user."""
+
+
+class ChildLost(Exception):
+    """A child is late, dead, or makes no sense; the message is a sentence for the model."""
+
+
+@dataclass
+class Outcome:
+    printed: str
+    error: str | None  # the end of the traceback, or a sentence about a timeout or a crash
+    value: Any = None  # what a called function returned, as plain data
+
+
+def observation(outcome: Outcome) -> str:
+    """Return what the model sees of an outcome: what was printed, cut if it is long, and the error."""
+    printed = outcome.printed.strip("\n")
+    if len(printed) > OBSERVATION_CHARACTERS:
+        printed = f"{printed[:OBSERVATION_CHARACTERS]}\n… (cut after {OBSERVATION_CHARACTERS:,} characters)"
+    return "\n".join(filter(None, [printed, outcome.error])) or "(no output: only what the code prints is shown)"
+
+
+class ForkServer:
+    """The parent's end of a process that forks children; it may be used from several threads."""
+
+    def __init__(self, seed: int, strong: bool):
+        self.lock = threading.Lock()
+        self.control, theirs = socket.socketpair()
+        self.control.settimeout(10)  # for what takes milliseconds: a server that needs longer is stuck
+        with open(__file__, encoding="utf-8") as file:
+            source = file.read().partition("\n# INSIDE")[2].partition("\n# OUTSIDE")[0]
+        imports = f"import sys; sys.path.remove(''); import {', '.join(MODULES)}; from typing import Any, Callable"
+        program = f"{imports}\n#{source}\nserve({theirs.fileno()}, {seed}, {strong})"
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-s", "-S", "-B", "-c", program],  # and not -I, which ignores the hash seed
+                env={"PYTHONHASHSEED": str(seed)}, cwd="/", pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the parent, which then closes the control socket
+            )
+
+    def request(self, number: int, channels: Iterable[int] = ()) -> int:
+        """Return the server's reply to a request; a server that fails to reply is stopped, and OSError raised."""
+        with self.lock:
+            try:
+                socket.send_fds(self.control, [struct.pack("q", number)], list(channels))
+                reply = self.control.recv(8)
+                if not reply:
+                    raise ConnectionError("the fork server has ended")
+                return struct.unpack("q", reply)[0]
+            except BaseException:  # an interrupt too: the next request would take the reply for its own
+                self.stop()
+                raise
+
+    def stop(self) -> None:
+        """End the server and with it its children; it may have been stopped before."""
+        self.control.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class Jail(contextlib.AbstractContextManager):
+    """Where model-written code runs; `seconds` is the wall deadline of an action, and servers differ in their seeds.
+
+    Raises JailError if the system cannot refuse files, network and processes to the code. `allow_weak`
+    accepts that: verdicts cannot be forged in a weak jail either, but the code can do what its user can.
+    """
+
+    def __init__(self, servers: int = 2, seconds: float = 2.0, allow_weak: bool = False):
+        if not hasattr(os, "fork"):
+            raise JailError("the jail needs a system with fork: on Windows, run this project inside WSL")
+        self.seconds, self.lock, self.strong, self.closed = seconds, threading.Lock(), True, False
+        self.servers = [ForkServer(seed, self.strong) for seed in range(1, servers + 1)]
+        if all(self.probe().values()):
+            return
+        if not allow_weak:
+            self.close()
+            raise JailError("this system does not filter system calls, so model-written code could read your files and "
+                            "use your network; the flag --allow-weak-jail runs it all the same")
+        self.strong = False
+        for replica, server in enumerate(self.servers):
+            self.replace(replica, server)
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the servers and all that runs in them."""
+        with self.lock:
+            self.closed = True
+            for server in self.servers:
+                server.stop()
+
+    def session(self, environment: Environment | None, replica: int = 0) -> "Session":
+        """Return a session for one untrusted author on this environment; `replica` picks the server."""
+        return Session(self, environment, replica % len(self.servers))
+
+    def replace(self, replica: int, server: ForkServer) -> None:
+        """Put a new server in the place of one that is stuck or dead, unless another thread has done so."""
+        with self.lock:
+            if self.closed:
+                raise JailError("the jail is closed")
+            if self.servers[replica] is server:
+                server.stop()
+                self.servers[replica] = ForkServer(replica + 1, self.strong)
+
+    def fork(self, replica: int, channel: int) -> tuple[ForkServer, int]:
+        """Return a server and the pid of its new child; raises JailError if the system refuses a process."""
+        server = self.servers[replica]
+        try:
+            pid = server.request(0, [channel])
+        except OSError:
+            self.replace(replica, server)
+            server = self.servers[replica]
+            pid = server.request(0, [channel])
+        if pid < 0:
+            raise JailError(f"the system starts no more processes: {os.strerror(-pid)}")
+        return server, pid
+
+    def probe(self) -> dict[str, bool]:
+        """Return, for each thing that a child of the jail just tried, whether the system refused it."""
+        with socket.create_server(("127.0.0.1", 0)) as listener, self.session(None) as session:
+            session.run(PROBE.format(path=__file__, port=listener.getsockname()[1], parent=os.getpid()))
+            return session.value("refused") or {"everything": False}
+
+    def describe(self) -> str:
+        """Return a line for the user about what the jail refuses to model-written code, as tried out just now."""
+        tried = ", ".join(f"{what} is {'refused' if held else 'POSSIBLE'}" for what, held in self.probe().items())
+        return f"jail: {'strong' if self.strong else 'WEAK'}: {tried}"
+
+
+PROBE = """
+import os, socket
+attempts = {{
+    "reading a file": lambda: os.open({path!r}, os.O_RDONLY),
+    "connecting to a port": lambda: socket.socket().connect(("127.0.0.1", {port})),
+    "starting a process": lambda: os.fork() or os._exit(0),
+    "signalling the parent": lambda: os.kill({parent}, 0),
+}}
+refused = dict.fromkeys(attempts, False)
+for name, attempt in attempts.items():
+    try:
+        attempt()
+    except PermissionError:
+        refused[name] = True
+"""
+
+
+class Session(contextlib.AbstractContextManager):
+    """A child for one untrusted author. It starts with the first action, and its variables last, as in a notebook.
+
+    A child that is late or crashes is ended, and the next action starts another.
+    """
+
+    def __init__(self, jail: Jail, environment: Environment | None, replica: int):
+        self.jail, self.environment, self.replica = jail, environment, replica
+        self.channel = None  # the socket to the child, while there is one
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child, if there is one; when this returns it is gone."""
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+            with contextlib.suppress(OSError):  # a server that is gone has taken its children along
+                self.server.request(self.pid)
+
+    def run(self, code: str) -> Outcome:
+        """Run code; return what it printed, and the error if it did not run to its end."""
+        problem = text_problem(code)
+        return Outcome("", f"the code {problem}") if problem else self.ask(code=code)
+
+    def call(self, name: str, *arguments: Any) -> Outcome:
+        """Call a function that the code defined, with as many of the arguments as it takes."""
+        return self.ask(name=name, arguments=arguments)
+
+    def value(self, name: str) -> Any:
+        """Return a variable of the code, None if there is none or if it is not plain data."""
+        return None if self.channel is None else self.ask(name=name).value
+
+    def ask(self, **request: Any) -> Outcome:
+        """Have the child carry out a request, and meanwhile execute its tool calls, all before the deadline."""
+        try:
+            message = pack(request)
+        except ValueError as error:
+            return Outcome("", f"the arguments cannot reach the code: {error}")
+        if self.channel is None:
+            message = self.start() + message
+        deadline = time.monotonic() + self.jail.seconds
+        try:
+            for calls in itertools.count(1):
+                match self.exchange(message, deadline):
+                    case {"tool": str(name), "arguments": list(arguments), "keywords": dict(keywords)}:
+                        message = self.call_tool(name, arguments, keywords, calls)
+                    case {"printed": str(printed), "error": str() | None as error, "value": value}:
+                        return Outcome(printed, error, value)
+                    case _:
+                        raise ChildLost("the code wrote to a pipe that is not its own")
+        except ChildLost as loss:
+            self.close()
+            return Outcome("", f"{loss}; the variables of earlier actions are lost")
+
+    def start(self) -> bytes:
+        """Have a child forked; return the message that it expects first, with the names of the tools."""
+        channel, theirs = socket.socketpair()
+        with theirs:
+            self.server, self.pid = self.jail.fork(self.replica, theirs.fileno())
+        self.channel = channel
+        return pack(list(self.environment.tools()) if self.environment else [])
+
+    def exchange(self, message: bytes, deadline: float) -> Any:
+        """Return the child's reply to a message; raises ChildLost if it is late or malformed, or the child dead."""
+        line = b""
+        try:
+            self.wait_until(deadline)
+            self.channel.sendall(message)
+            while not line.endswith(b"\n"):
+                self.wait_until(deadline)
+                piece = self.channel.recv(65_536)
+                line += piece
+                if not piece or len(line) > MESSAGE_BYTES:
+                    raise ConnectionError("the child has closed the pipe, or floods it")
+            return plain(json.loads(line))
+        except TimeoutError:
+            raise ChildLost(f"the code took longer than {self.jail.seconds:g} seconds") from None
+        except OSError:
+            raise ChildLost("the code ended or crashed its process, perhaps for lack of memory") from None
+        except (ValueError, RecursionError):
+            raise ChildLost("the code wrote to a pipe that is not its own") from None
+
+    def wait_until(self, deadline: float) -> None:
+        """Have the next transfer on the channel raise TimeoutError at the deadline, or raise it if that is past."""
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        self.channel.settimeout(seconds)
+
+    def call_tool(self, name: str, arguments: list, keywords: dict, calls: int) -> bytes:
+        """Execute a tool call on the environment's state; return its result, or its refusal, as a message."""
+        try:
+            if self.environment is None or calls > TOOL_CALLS:
+                raise ToolError(f"an action can make {TOOL_CALLS:,} tool calls at most")
+            result = self.environment.call(name, arguments, keywords)
+        except ToolError as refusal:
+            return pack({"refusal": str(refusal)[:ERROR_CHARACTERS // 2]})
+        try:
+            return pack({"value": result})
+        except ValueError as error:  # a tool may wrap what it was given into more than a message holds
+            return pack({"refusal": f"the result of {name} cannot reach the code: {error}"})
+
+
+# ---------------------------------------------------------------------------------------------------
+# verdicts, and the filter
+
+@dataclass
+class Verdict:
+    passed: bool
+    reason: str | None = None  # why the evaluation itself failed, which is no pass
+
+
+@dataclass
+class Judgement:
+    ok: bool
+    stage: str      # one of STAGES: the first that the task does not survive, or "ok"
+    reason: str     # what the challenger should mend
+    seconds: float
+
+
+def as_answer(value: Any) -> Any:
+    """Return a final answer as data: text that is JSON becomes what it says, so that "36" equals 36."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()[:ANSWER_CHARACTERS].encode(errors="replace").decode()
+    try:
+        data = plain(json.loads(text))
+    except (ValueError, RecursionError):
+        return text
+    return as_answer(data)  # for text in quotes; so it makes no difference whether an answer was normalised before
+
+
+def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
+    """Return the verdict of a task on an environment's state and a final answer; the state stays as it is."""
+    before = copy.deepcopy(environment.state)
+    with jail.session(environment, replica) as session:
+        outcome = session.run(task.evaluate)
+        if outcome.error is None:
+            outcome = session.call("evaluate", as_answer(answer))
+    if environment.state != before:
+        environment.state = before
+        return Verdict(False, "evaluate changed the state, at which it may only look")
+    if outcome.error is None and outcome.value is not True and outcome.value is not False:
+        return Verdict(False, f"evaluate returned {str(outcome.value)[:80]!r} instead of True or False")
+    return Verdict(outcome.value is True, outcome.error)
+
+
+def attempt(jail: Jail, task: CodeAsTask, what: str, code: str | None) -> bool:
+    """Return whether code passes the task from a fresh state; raises TaskError at stage "runs" if code breaks.
+
+    No code is the attempt that does nothing, and whose answer is None: an evaluation that stumbles over
+    that has not passed it, and more is not asked of it.
+    """
+    environment, answer = make_environment(task.env, task.seed), None
+    if code is not None:
+        with jail.session(environment) as session:
+            outcome = session.run(code)
+            answer = session.value("result")
+        if outcome.error is not None:
+            raise TaskError("runs", f"{what} does not run:\n{outcome.error}")
+    first, second = [evaluate(jail, task, environment, answer, replica) for replica in (0, 1)]
+    if code is not None and (first.reason or second.reason):
+        raise TaskError("runs", f"the evaluation does not run after {what}:\n{first.reason or second.reason}")
+    if first.passed != second.passed:
+        raise TaskError("runs", f"the evaluation says both True and False after {what}, of one state and one answer")
+    return first.passed
+
+
+def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
+    """Return the filter's judgement of a task, or of a line of JSON that should hold one."""
+    start = time.monotonic()
+    try:
+        task = CodeAsTask.from_json(task) if isinstance(task, str) else task
+        check_form(task)
+        solved = attempt(jail, task, "the example solution", task.solution)
+        failures = {f"failure case {number}": code for number, code in enumerate(task.failures, start=1)}
+        passing = [what for what, code in failures.items() if attempt(jail, task, what, code)]
+        if not solved:
+            raise TaskError("solution", "the example solution does not pass the evaluation")
+        if passing or attempt(jail, task, "doing nothing", None):
+            raise TaskError("failures", f"{(passing or ['doing nothing'])[0]} passes the evaluation, but must fail it")
+    except TaskError as rejection:
+        return Judgement(False, rejection.stage, rejection.reason, time.monotonic() - start)
+    return Judgement(True, "ok", "", time.monotonic() - start)
+
+
+def judge_many(jail: Jail, tasks: Iterable[CodeAsTask | str], workers: int = 2) -> Iterator[Judgement]:
+    """Yield the judgement of each task in the order of the tasks, several of which are judged at a time."""
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(lambda task: judge(jail, task), tasks)
+
+
+# ---------------------------------------------------------------------------------------------------
+# the command line
+
+def read_lines(path: str) -> Iterator[str]:
+    """Yield the lines of a file, of a line that is too long only the beginning, which is too long as well."""
+    with open(path, "rb") as file:
+        while line := file.readline(LINE_BYTES + 1):
+            rest = line
+            while len(rest) > LINE_BYTES and not rest.endswith(b"\n"):
+                rest = file.readline(LINE_BYTES + 1)
+            yield line.decode(errors="surrogateescape")
+
+
+def main() -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Judge the tasks in a file: one JSON verdict a line, in the file's order.")
+    parser.add_argument("file", help="a file with a task on each line, such as runs/<name>/tasks.jsonl")
+    parser.add_argument("--allow-weak-jail", action="store_true", help="run the code even where it cannot be confined")
+    arguments = parser.parse_args()
+    try:
+        with open(arguments.file, "rb"), Jail(allow_weak=arguments.allow_weak_jail) as jail:
+            print(jail.describe(), file=sys.stderr)
+            for judgement in tqdm(judge_many(jail, read_lines(arguments.file)), unit=" tasks", disable=None):
+                print(json.dumps(asdict(judgement)), flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: the verdicts up to here are complete", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, JailError) as error:
+        print(f"verify.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
