@@ -18,8 +18,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
-import pickle
 import random
 import sys
 import time
@@ -27,7 +25,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Protocol
+from typing import Callable, Iterator
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -159,19 +157,43 @@ def observation_tokens(tokenizer, observation: str) -> list[int]:
 # ---------------------------------------------------------------------------------------------------
 # episodes and trajectories
 
-class Episode(Protocol):
-    """What a rollout plays: opening messages, and a step from the agent's text to the next observation."""
+class Episode:
+    """What a rollout plays: a role in a world, which takes the agent's turns and gives the next observations.
 
-    messages: list[dict]  # the opening messages; `rollout` appends every turn, for the reader
-    seed: int  # of the world in which it plays
-    reward: float
-    status: str
+    `messages` begins with the system message and the user's; `rollout` appends every turn, for the reader.
+    A role says in `answer` what becomes of an ANSWER, and in `max_steps` how many turns it may take.
+    """
+
+    max_steps: int
+
+    def __init__(self, jail: Jail, env: str, seed: int):
+        self.jail, self.env, self.seed = jail, env, seed
+        self.environment = make_environment(env, seed)
+        self.session = jail.session(self.environment, replica=seed)
+        self.messages: list[dict] = []
+        self.reward, self.steps, self.status = 0.0, 0, "running"
+
+    def answer(self, content: str) -> str | None:
+        """Take the agent's answer; return the next observation, or None at the end of the episode."""
+        raise NotImplementedError
 
     def step(self, text: str) -> str | None:
         """Take the agent's turn; return the next observation, or None at the end of the episode."""
+        self.steps += 1
+        try:
+            step = parse_step(text)
+        except FormatError as reminder:
+            reply = str(reminder)
+        else:
+            reply = observation(self.session.run(step.content)) if step.kind == "action" else self.answer(step.content)
+        if reply is None or self.steps < self.max_steps:
+            return reply and f"Observation:\n{reply}"
+        self.status = "out of steps"
+        return None
 
     def close(self) -> None:
-        """Free what the episode holds; it may be called at any time."""
+        """End the jailed session; it may be called at any time."""
+        self.session.close()
 
 
 EXECUTOR_PROMPT = """\
@@ -197,17 +219,17 @@ Tools:
 {documentation}"""
 
 
-class Executor:
-    """An episode of the executor: it gets a task's instruction, acts, answers, and is rewarded with 0 or 1.
+class Executor(Episode):
+    """The executor's episode: it gets a task's instruction, acts, answers, and is rewarded with 0 or 1.
 
     The reward is the verdict of the task's `evaluate` on the state that the episode leaves, and on the answer.
     """
 
+    max_steps = MAX_STEPS
+
     def __init__(self, jail: Jail, task: CodeAsTask):
-        self.jail, self.task, self.seed = jail, task, task.seed
-        self.environment = make_environment(task.env, task.seed)
-        self.session = jail.session(self.environment, replica=task.seed)
-        self.reward, self.steps, self.status = 0.0, 0, "running"
+        super().__init__(jail, task.env, task.seed)
+        self.task = task
         prompt = EXECUTOR_PROMPT.format(
             env=task.env,
             summary=self.environment.summary,
@@ -216,30 +238,11 @@ class Executor:
         )
         self.messages = [{"role": "system", "content": prompt}, {"role": "user", "content": task.instruction}]
 
-    def step(self, text: str) -> str | None:
-        """Run an action and return what it printed, or judge the answer and return None."""
-        self.steps += 1
-        try:
-            step = parse_step(text)
-        except FormatError as reminder:
-            return self.limited(str(reminder))
-        if step.kind == "action":
-            return self.limited(observation(self.session.run(step.content)))
-        self.close()
-        verdict = evaluate(self.jail, self.task, self.environment, as_answer(step.content), replica=self.seed)
+    def answer(self, content: str) -> None:
+        """Judge the final answer and the state; the episode ends."""
+        self.close()  # first, so that nothing of the executor's code still runs while it is judged
+        verdict = evaluate(self.jail, self.task, self.environment, as_answer(content), replica=self.seed)
         self.reward, self.status = float(verdict.passed), "answered"
-        return None
-
-    def limited(self, text: str) -> str | None:
-        """The observation, or None and the end of the episode when the steps are used up."""
-        if self.steps < MAX_STEPS:
-            return f"Observation:\n{text}"
-        self.status = "out of steps"
-        return None
-
-    def close(self) -> None:
-        """End the jailed session."""
-        self.session.close()
 
 
 @dataclass
@@ -500,13 +503,16 @@ def seeded(device: torch.device | str, *what) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def train(policy: Policy, optimizer: torch.optim.Optimizer, jail: Jail, tasks: list[CodeAsTask], run: "Run", options) -> None:
-    """Train on `tasks` until options.steps steps are done, continuing where `run` is; save after every step.
+def train(
+    policy: Policy, optimizer: torch.optim.Optimizer, jail: Jail, tasks: list[CodeAsTask], options, first: int = 0
+) -> Iterator[tuple[dict, list[dict]]]:
+    """Train on `tasks`; yield, after each of the steps `first` to options.steps, its metrics and its episodes.
 
     A step draws options.tasks_per_step tasks, plays options.rollouts episodes of each, and takes one gradient
-    step. metrics.jsonl gets a line a step, trajectories.jsonl one an episode.
+    step. What it draws depends on options.seed and the step alone. The metrics are a line of metrics.jsonl,
+    the episodes lines of trajectories.jsonl.
     """
-    bar = tqdm(range(run.progress["steps"], options.steps), desc="train", unit="step", dynamic_ncols=True)
+    bar = tqdm(range(first, options.steps), desc="train", unit="step", dynamic_ncols=True)
     for step in bar:
         started = time.monotonic()
         chosen = random.Random(f"tasks {options.seed} {step}").sample(tasks, min(options.tasks_per_step, len(tasks)))
@@ -516,14 +522,11 @@ def train(policy: Policy, optimizer: torch.optim.Optimizer, jail: Jail, tasks: l
         rewards = torch.tensor([t.reward for t in trajectories]).view(len(chosen), options.rollouts)  # [tasks, K]
         advantage = advantages(rewards, options.baseline).flatten()  # [tasks * K]
         figures = reinforce_step(policy, optimizer, trajectories, advantage, micro_batch_tokens=options.micro_batch_tokens)
-        signal = (rewards.std(1) > 0).float().mean().item()
-        metrics = {"step": step, "reward": rewards.mean().item(), "signal": signal, **figures}
-        run.append("metrics.jsonl", [metrics])
-        run.append("trajectories.jsonl", [record("train", step, e, t) for e, t in zip(episodes, trajectories)])
-        run.progress["steps"] = step + 1
-        run.save(policy, optimizer)
+        reward, signal = rewards.mean().item(), (rewards.std(1) > 0).float().mean().item()
         speed = sum(map(sum, (t.mask for t in trajectories))) / (time.monotonic() - started)
-        bar.set_postfix(reward=f"{metrics['reward']:.2f}", signal=f"{signal:.2f}", tokens_per_s=f"{speed:.0f}")
+        bar.set_postfix(reward=f"{reward:.2f}", signal=f"{signal:.2f}", tokens_per_s=f"{speed:.0f}")
+        metrics = {"step": step, "reward": reward, "signal": signal, **figures}
+        yield metrics, [record("train", step, episode, t) for episode, t in zip(episodes, trajectories)]
 
 
 def rollout_limits(options) -> dict:
@@ -536,7 +539,7 @@ def record(phase: str, step: int | None, episode: Episode, trajectory: Trajector
     return {
         "phase": phase,
         "step": step,
-        "env": episode.environment.name,
+        "env": episode.env,
         "seed": episode.seed,
         "instruction": episode.messages[1]["content"],
         "reward": trajectory.reward,
@@ -545,92 +548,10 @@ def record(phase: str, step: int | None, episode: Episode, trajectory: Trajector
     }
 
 
-# ---------------------------------------------------------------------------------------------------
-# what a run leaves, and how it goes on
-
-class RunError(Exception):
-    """A run's folder that cannot be used; the message is one sentence that says what to do."""
-
-
-@dataclass
-class Run:
-    """A run's folder: lines are appended to its files, and a checkpoint remembers up to where they count.
-
-    `progress` is plain data: how far each phase has come. A checkpoint holds it with the adapter's weights, the
-    optimizer's state and the length of every file. To resume is to load it and to cut each file back to that
-    length: whatever an interrupted step had begun to write is done again, exactly as before.
-    """
-
-    folder: Path
-    progress: dict
-
-    def append(self, name: str, records: list[dict]) -> None:
-        """Append records to a file of JSON lines."""
-        with open(self.folder / name, "a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in records)
-
-    def read(self, name: str) -> list[dict]:
-        """Return the records of a file of JSON lines; none if it does not exist."""
-        path = self.folder / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def save(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-        """Write the checkpoint. It replaces the last one only when it is complete on the disk."""
-        state = {
-            "progress": self.progress,
-            "files": {path.name: path.stat().st_size for path in sorted(self.folder.glob("*.jsonl"))},
-            "adapter": {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad},
-            "optimizer": optimizer.state_dict(),
-        }
-        target = self.folder / "checkpoint" / "state.pt"
-        target.parent.mkdir(exist_ok=True)
-        partial = target.with_suffix(".partial")
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-
-    def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-        """Go back to the checkpoint, if there is one. Raises RunError if it is damaged."""
-        path = self.folder / "checkpoint" / "state.pt"
-        try:
-            state = torch.load(path, map_location=policy.device, weights_only=True) if path.exists() else None
-            if state is not None:
-                self.progress = state["progress"]
-                optimizer.load_state_dict(state["optimizer"])
-                with torch.no_grad():
-                    for name, parameter in policy.model.named_parameters():
-                        if parameter.requires_grad:
-                            parameter.copy_(state["adapter"][name])
-        except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise RunError(f"the checkpoint {path} is damaged or belongs to another model; start a new run") from error
-        sizes = state["files"] if state is not None else {}
-        for file in self.folder.glob("*.jsonl"):
-            os.truncate(file, sizes.get(file.name, 0))
-
-
-def new_progress() -> dict:
-    """How far a run is that has not begun: attempts made, steps done, results and seconds of each phase."""
-    return {"challenges": 0, "steps": 0, "results": {}, "wall_s": {}}
-
-
-def new_run(folder: Path, options: dict) -> Run:
-    """Make a run's folder and write its options to config.json. Raises RunError if the folder exists already."""
-    if folder.exists():
-        raise RunError(f"{folder} exists already: choose another name, so that nothing is overwritten")
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(options, indent=1))
-    return Run(folder, new_progress())
-
-
-def resume_run(folder: Path) -> tuple[Run, argparse.Namespace]:
-    """Return the run in a folder and its options. Raises RunError if there is none."""
-    try:
-        settings = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"there is no run to resume in {folder}: it has no readable config.json") from error
-    return Run(folder, new_progress()), argparse.Namespace(**settings)
+def append_lines(path: Path, records: list[dict]) -> None:
+    """Append records to a file of JSON lines."""
+    with open(path, "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in records)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -658,7 +579,7 @@ def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int
     """Do the work of a command; return its exit status. What a user can cause gets one sentence, with a hint."""
     try:
         work()
-    except (PolicyError, RunError, JailError, ValueError) as error:
+    except (PolicyError, JailError, ValueError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -676,18 +597,21 @@ def main() -> int:
         description="Train a policy on a file of tasks.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--tasks", type=Path, required=True, help="task lines, such as runs/<name>/tasks.jsonl")
-    parser.add_argument("--out", type=Path, default=Path("runs/rl"), help="folder for metrics, trajectories and adapter")
+    parser.add_argument("--out", type=Path, default=Path("runs/rl"), help="new folder for metrics, trajectories and adapter")
     add_training_options(parser)
     options = parser.parse_args()
 
     def work() -> None:
         tasks = [CodeAsTask.from_json(line) for line in options.tasks.read_text().splitlines()]
-        run = new_run(options.out, {key: str(value) for key, value in vars(options).items()})
+        options.out.mkdir(parents=True)
         policy = load_policy(options.model, rank=options.rank, seed=options.seed)
+        optimizer = make_optimizer(policy, options.learning_rate)
         with Jail(allow_weak=options.allow_weak_jail) as jail:
-            train(policy, make_optimizer(policy, options.learning_rate), jail, tasks, run, options)
-        policy.model.save_pretrained(run.folder / "adapter")
-        print(f"adapter: {run.folder / 'adapter'}")
+            for metrics, episodes in train(policy, optimizer, jail, tasks, options):
+                append_lines(options.out / "metrics.jsonl", [metrics])
+                append_lines(options.out / "trajectories.jsonl", episodes)
+                policy.model.save_pretrained(options.out / "adapter")
+        print(f"adapter: {options.out / 'adapter'}")
 
     return guarded("rl.py", work, lambda: f"what is finished is in {options.out}")
 

@@ -15,8 +15,11 @@ a held-out one; doing nothing must fail as well; rollouts are fresh at every ste
 This is the last file of the tutorial; the others, in order: tools.py, verify.py, rl.py, eval.py.
 """
 import argparse
+import io
 import itertools
 import json
+import os
+import pickle
 import platform
 import re
 import resource
@@ -25,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,41 +37,27 @@ from tqdm import tqdm
 
 from eval import SUITES, evaluate_policy, format_table, load_suite, write_report
 from rl import (
+    Episode,
     Policy,
-    Run,
-    RunError,
     add_training_options,
+    append_lines,
     guarded,
     load_policy,
     make_optimizer,
-    new_run,
     record,
-    resume_run,
     rollout,
     rollout_limits,
     seeded,
     train,
 )
 from tools import ENVIRONMENTS, make_environment
-from verify import (
-    CodeAsTask,
-    FormatError,
-    Jail,
-    Judgement,
-    TaskError,
-    judge,
-    observation,
-    parse_step,
-    parse_task,
-)
+from verify import CodeAsTask, Jail, Judgement, TaskError, judge, parse_task
 
 LIBRARIES = ["torch", "transformers", "bitsandbytes", "peft"]
 REJECTED_AT = ["parse", "runs", "solution", "failures", "held-out", "duplicate"]
 
 # ---------------------------------------------------------------------------------------------------
 # the challenger
-
-CHALLENGER_STEPS = 8  # exploring and revising together
 
 CHALLENGER_PROMPT = """\
 You are the challenger in the environment {env}.
@@ -170,60 +160,36 @@ def render_task(task: CodeAsTask) -> str:
     )
 
 
-class Challenger:
-    """An episode of the challenger: it explores the world of a seed, then hands in a task, and may revise it.
+class Challenger(Episode):
+    """The challenger's episode: it explores the world of a seed, then hands in a task, and may revise it.
 
     The filter judges every submission. Its verdict, with the traceback, is simply the next observation. The
     reward is 1 if the last submission was kept; it serves the reader, the challenger is not trained.
     """
 
+    max_steps = 8  # exploring and revising together
+
     def __init__(self, jail: Jail, env: str, seed: int, revisions: int = 1):
-        self.jail, self.env, self.seed, self.revisions = jail, env, seed, revisions
-        self.environment = make_environment(env, seed)
-        self.session = jail.session(self.environment, replica=seed)
-        self.reward, self.steps, self.status = 0.0, 0, "running"
+        super().__init__(jail, env, seed)
+        self.revisions = revisions
         self.submissions: list[tuple[CodeAsTask | None, Judgement]] = []
         self.messages = [
             {"role": "system", "content": challenger_prompt(env)},
             {"role": "user", "content": self.environment.starting_point()},
         ]
 
-    def step(self, text: str) -> str | None:
-        """Run an action and return what it printed, or judge the task handed in and return why it was rejected."""
-        self.steps += 1
+    def answer(self, content: str) -> str | None:
+        """Judge the task that is handed in; return why it was rejected, or None if that is the end."""
         try:
-            step = parse_step(text)
-        except FormatError as reminder:
-            return self.limited(str(reminder))
-        if step.kind == "action":
-            return self.limited(observation(self.session.run(step.content)))
-        judgement = self.submit(step.content)
-        self.reward, self.status = float(judgement.ok), judgement.stage
-        if judgement.ok or len(self.submissions) > self.revisions:
-            self.close()
-            return None
-        return self.limited(f"Rejected at the stage {judgement.stage}: {judgement.reason}\nMend the task.")
-
-    def submit(self, answer: str) -> Judgement:
-        """Judge the tagged answer and keep it, with its judgement, among the submissions."""
-        try:
-            task = parse_task(answer, self.env, self.seed)
+            task = parse_task(content, self.env, self.seed)
             judgement = judge(self.jail, task)
         except TaskError as error:
             task, judgement = None, Judgement(False, "parse", str(error), 0.0)
         self.submissions.append((task, judgement))
-        return judgement
-
-    def limited(self, text: str) -> str | None:
-        """The observation, or None and the end of the episode when the steps are used up."""
-        if self.steps < CHALLENGER_STEPS:
-            return f"Observation:\n{text}"
-        self.status = "out of steps"
-        return None
-
-    def close(self) -> None:
-        """End the jailed session."""
-        self.session.close()
+        self.reward, self.status = float(judgement.ok), judgement.stage
+        if judgement.ok or len(self.submissions) > self.revisions:
+            return None
+        return f"Rejected at the stage {judgement.stage}: {judgement.reason}\nMend the task."
 
 
 def challenger_prompt(env: str) -> str:
@@ -270,6 +236,95 @@ def parameters(task: CodeAsTask) -> set[str]:
 def near(a: set[str], b: set[str]) -> bool:
     """Whether two instructions are near-duplicates: over nine tenths of their words are shared (Jaccard index)."""
     return len(a & b) > 0.9 * len(a | b)
+
+
+# ---------------------------------------------------------------------------------------------------
+# what a run leaves, and how it goes on
+
+class RunError(ValueError):
+    """A run's folder that cannot be used; the message is one sentence that says what to do."""
+
+
+@dataclass
+class Run:
+    """A run's folder: lines are appended to its files, and a checkpoint remembers up to where they count.
+
+    `progress` is plain data: how far each phase has come. A checkpoint holds it with the adapter's weights, the
+    optimizer's state and the length of every file. To resume is to load it and to cut each file back to that
+    length: whatever an interrupted step had begun to write is done again, exactly as before.
+    """
+
+    folder: Path
+    progress: dict
+
+    def append(self, name: str, records: list[dict]) -> None:
+        """Append records to one of the run's files."""
+        append_lines(self.folder / name, records)
+
+    def read(self, name: str) -> list[dict]:
+        """Return the records of a file of JSON lines; none if it does not exist."""
+        path = self.folder / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def save(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        """Write the checkpoint. It replaces the last one only when it is complete on the disk."""
+        state = {
+            "progress": self.progress,
+            "files": {path.name: path.stat().st_size for path in sorted(self.folder.glob("*.jsonl"))},
+            "adapter": {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad},
+            "optimizer": optimizer.state_dict(),
+        }
+        target = self.folder / "checkpoint" / "state.pt"
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_suffix(".partial")
+        buffer = io.BytesIO()  # written by us, so that a full disk raises OSError and not one of torch's errors
+        torch.save(state, buffer)
+        with open(partial, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+
+    def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        """Go back to the checkpoint, if there is one. Raises RunError if it is damaged."""
+        path = self.folder / "checkpoint" / "state.pt"
+        try:
+            state = torch.load(path, map_location=policy.device, weights_only=True) if path.exists() else None
+            if state is not None:
+                self.progress = state["progress"]
+                optimizer.load_state_dict(state["optimizer"])
+                with torch.no_grad():
+                    for name, parameter in policy.model.named_parameters():
+                        if parameter.requires_grad:
+                            parameter.copy_(state["adapter"][name])
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise RunError(f"the checkpoint {path} is damaged or belongs to another model; start a new run") from error
+        sizes = state["files"] if state is not None else {}
+        for file in self.folder.glob("*.jsonl"):
+            os.truncate(file, sizes.get(file.name, 0))
+
+
+def new_progress() -> dict:
+    """How far a run is that has not begun: attempts made, steps done, results and seconds of each phase."""
+    return {"challenges": 0, "steps": 0, "results": {}, "wall_s": {}}
+
+
+def new_run(folder: Path, options: dict) -> Run:
+    """Make a run's folder and write its options to config.json. Raises RunError if the folder exists already."""
+    if folder.exists():
+        raise RunError(f"{folder} exists already: choose another name, so that nothing is overwritten")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(options, indent=1))
+    return Run(folder, new_progress())
+
+
+def resume_run(folder: Path) -> tuple[Run, argparse.Namespace]:
+    """Return the run in a folder and its options. Raises RunError if there is none."""
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"there is no run to resume in {folder}: it has no readable config.json") from error
+    return Run(folder, new_progress()), argparse.Namespace(**settings)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -337,7 +392,11 @@ def play_run(run: Run, options) -> dict:
         if not tasks:
             raise RunError("no task survived the filter, so there is nothing to train on: raise --challenges")
         with timed(run, "train"):
-            train(policy, optimizer, jail, tasks, run, options)
+            for metrics, episodes in train(policy, optimizer, jail, tasks, options, first=run.progress["steps"]):
+                run.append("metrics.jsonl", [metrics])
+                run.append("trajectories.jsonl", episodes)
+                run.progress["steps"] += 1
+                run.save(policy, optimizer)
         policy.model.save_pretrained(run.folder / "adapter")
         measure("after", policy, optimizer, jail, run, options)
     summary = summarize_run(run, options)

@@ -69,6 +69,8 @@ class TaskError(ValueError):
 
 @dataclass
 class CodeAsTask:
+    """A task as the challenger hands it in, and as a line of tasks.jsonl holds it."""
+
     env: str             # the name of an environment
     seed: int            # the seed of its reset
     instruction: str     # what the executor is asked to do
@@ -133,6 +135,8 @@ class FormatError(ValueError):
 
 @dataclass
 class Step:
+    """A turn of either role: a thought, then an action or an answer."""
+
     thought: str
     kind: str     # "action" or "answer"
     content: str  # the code, or the final answer
@@ -378,6 +382,8 @@ class ChildLost(Exception):
 
 @dataclass
 class Outcome:
+    """What running a piece of code brought."""
+
     printed: str
     error: str | None  # the end of the traceback, or a sentence about a timeout or a crash
     value: Any = None  # what a called function returned, as plain data
@@ -627,12 +633,16 @@ class Session(contextlib.AbstractContextManager):
 
 @dataclass
 class Verdict:
+    """What the evaluation says of a state and an answer."""
+
     passed: bool
     reason: str | None = None  # why the evaluation itself failed, which is no pass
 
 
 @dataclass
 class Judgement:
+    """What the filter says of a task."""
+
     ok: bool
     stage: str      # one of STAGES: the first that the task does not survive, or "ok"
     reason: str     # what the challenger should mend

@@ -383,4 +383,4 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(policy):
 
 def test_a_missing_model_is_one_sentence():
     with pytest.raises(PolicyError, match="cannot load the model"):
-        load_policy("no/such-model-folder")
+        load_policy("./no/such-model")

@@ -95,7 +95,7 @@ def test_exploring_leaves_no_trace_in_the_world_in_which_the_task_is_judged(jail
 
 def test_an_endless_challenger_runs_out_of_steps(jail):
     episode = Challenger(jail, "shop", 0)
-    replies = [episode.step("ACTION:\nprint(1)\nEND ACTION") for _ in range(selfchallenge.CHALLENGER_STEPS)]
+    replies = [episode.step("ACTION:\nprint(1)\nEND ACTION") for _ in range(Challenger.max_steps)]
     assert replies[-1] is None and all(replies[:-1]) and episode.status == "out of steps"
 
 
@@ -277,7 +277,7 @@ def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_pat
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--model", "no/such-folder"], "cannot load the model"),
+        (["--model", "./no/such-model"], "cannot load the model"),
         (["--resume", "nowhere"], "no run to resume"),
         (["--env", "chess"], "invalid choice"),
         (["--steps", "many"], "invalid int"),
@@ -292,9 +292,9 @@ def test_a_mistake_gets_one_sentence(tmp_path, arguments, said):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_one_sentence(tmp_path):
     run = tmp_path / "runs" / "full"
-    run.mkdir(parents=True)
-    options = vars(selfchallenge.parse_options(SMALL))
+    (run / "checkpoint").mkdir(parents=True)
+    options = vars(selfchallenge.parse_options([*SMALL, "--env", "shop"]))
     (run / "config.json").write_text(json.dumps({k: v for k, v in options.items() if k not in ("resume", "name")}))
-    os.symlink("/dev/full", run / "trajectories.jsonl")
+    os.symlink("/dev/full", run / "checkpoint" / "state.partial")
     done = command("--resume", str(run), cwd=tmp_path)
     assert done.returncode == 2 and "No space left" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
