@@ -28,7 +28,7 @@ from statistics import fmean, stdev
 import torch
 from tqdm import tqdm
 
-from rl import Executor, Policy, guarded, load_policy, record, rollout, seeded
+from rl import Executor, Policy, add_rollout_options, guarded, load_policy, record, rollout, rollout_limits, seeded
 from tools import make_environment
 from verify import CodeAsTask, Jail, evaluate
 
@@ -441,7 +441,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict]:
         if arguments.policy in BASELINES:
             return evaluate_baseline(arguments.policy, jail, arguments.suite, arguments.trials)
         policy = load_policy(arguments.policy, arguments.adapter, seed=arguments.seed)
-        limits = {"parallel": arguments.parallel, "turn_tokens": arguments.turn_tokens, "context": arguments.context}
+        limits = rollout_limits(arguments)
         return evaluate_policy(policy, jail, arguments.suite, arguments.seed, arguments.trials, **limits)[0]
 
 
@@ -454,11 +454,8 @@ def main() -> int:
     add("--adapter", help="the folder of a trained adapter, such as runs/<name>/adapter")
     add("--trials", type=int, default=4, help="sampled trials of each task; at least 4 for Pass@4")
     add("--seed", type=int, default=0, help="of the sampling")
-    add("--parallel", type=int, default=256, help="episodes played side by side; fewer need less memory")
-    add("--turn-tokens", type=int, default=176, help="a turn is cut after so many tokens")
-    add("--context", type=int, default=512, help="an episode ends at so many tokens")
     add("--json", action="store_true", help="print one JSON object, {suite: numbers}, instead of the table")
-    add("--allow-weak-jail", action="store_true", help="run the model's code even where the jail cannot close files and network")
+    add_rollout_options(parser)
     add("--report", metavar="RUN", type=Path, help="only rebuild report.html in the folder of a run")
     arguments = parser.parse_args()
 

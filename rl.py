@@ -568,10 +568,16 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--baseline", default="leave-one-out", choices=["leave-one-out", "none"], help="none is the paper's rejection fine-tuning")
     add("--learning-rate", type=float, default=3e-3, help="of Adam; 1e-4 suits an 8B model")
     add("--rank", type=int, default=8, help="of the LoRA adapter")
-    add("--parallel", type=int, default=192, help="episodes played side by side")
+    add("--micro-batch-tokens", type=int, default=8192, help="tokens, padding included, of one pass forward and backward")
+    add_rollout_options(parser)
+
+
+def add_rollout_options(parser: argparse.ArgumentParser) -> None:
+    """Add the limits of a rollout, and what is to happen where the jail is weak."""
+    add = parser.add_argument
+    add("--parallel", type=int, default=192, help="episodes played side by side; fewer need less memory")
     add("--turn-tokens", type=int, default=176, help="a turn is cut after so many tokens")
     add("--context", type=int, default=512, help="an episode ends at so many tokens")
-    add("--micro-batch-tokens", type=int, default=8192, help="tokens, padding included, of one pass forward and backward")
     add("--allow-weak-jail", action="store_true", help="run the model's code even where the jail cannot close files and network")
 
 

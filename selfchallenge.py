@@ -22,7 +22,6 @@ import os
 import pickle
 import platform
 import re
-import resource
 import sys
 import time
 from collections import Counter
@@ -223,8 +222,8 @@ class HeldOut:
 
 
 def words(text: str) -> set[str]:
-    """The words and numbers of a text."""
-    return set(re.findall(r"[A-Za-z]+|\d+", text))
+    """The words, in lower case, and the numbers of a text."""
+    return set(re.findall(r"[a-z]+|\d+", text.lower()))
 
 
 def parameters(task: CodeAsTask) -> set[str]:
@@ -299,6 +298,8 @@ class Run:
                             parameter.copy_(state["adapter"][name])
         except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise RunError(f"the checkpoint {path} is damaged or belongs to another model; start a new run") from error
+        if state is None and any((self.folder / name).exists() for name in ("tasks.jsonl", "rejected.jsonl", "metrics.jsonl")):
+            raise RunError(f"{self.folder} has lost its checkpoint, so it cannot be continued; start a new run")
         sizes = state["files"] if state is not None else {}
         for file in self.folder.glob("*.jsonl"):
             os.truncate(file, sizes.get(file.name, 0))
@@ -460,6 +461,8 @@ def peak_memory() -> int:
     """The most memory in bytes that this process has used: on the GPU if there is one, else of the host."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    import resource  # here, because Windows lacks it, and the jail is to say so in a sentence
+
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -307,7 +307,7 @@ def test_a_rollout_ends_at_the_context(policy, jail):
 
 
 class Script:
-    """An episode that answers every turn with the same observation and records the texts."""
+    """An episode of a given number of turns, whatever the agent says."""
 
     def __init__(self, turns):
         self.messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
@@ -334,7 +334,7 @@ def test_the_executor_is_rewarded_by_the_state_it_leaves(jail):
     right = Executor(jail, TASK)
     assert right.step("THOUGHT: look END THOUGHT\nACTION:\nx = amount('tea')\nprint(x)\nEND ACTION").startswith("Observation:\n")
     assert right.step("ACTION:\nprint((x + 5) * 3)\nEND ACTION") is not None  # variables persist
-    value = right.messages and (right.environment.state["tea"] + 5) * 3
+    value = (right.environment.state["tea"] + 5) * 3
     assert right.step(f"THOUGHT: done END THOUGHT\nANSWER: {value} END ANSWER") is None
     assert (right.reward, right.status) == (1.0, "answered")
     wrong = Executor(jail, TASK)

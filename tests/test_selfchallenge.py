@@ -1,6 +1,7 @@
 """The loop: the challenger's episode, what stays unseen, an exact resume, and what a run leaves."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import selfchallenge
 from eval import SUITES, load_suite
 from selfchallenge import EXAMPLES, Challenger, HeldOut, challenger_prompt, near, parameters, render_task, sort_out, words
-from tools import ENVIRONMENTS
+from tools import CUSTOMERS, ENVIRONMENTS
 from verify import CodeAsTask, Jail, Judgement, judge, parse_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,7 +129,7 @@ def test_without_the_filter_a_rejected_task_is_kept_but_a_held_out_one_is_not(he
 
 def test_near_duplicates_share_nine_tenths_of_their_words():
     a = words("Anna wants to cancel the tea and return the lamp.")
-    assert near(a, words("anna wants to cancel the tea and return the lamp".replace("anna", "Anna")))
+    assert near(a, words("anna wants to cancel the tea, and return the lamp"))
     assert not near(a, words("Anna wants to cancel the tea and return the drum."))
 
 
@@ -138,8 +139,8 @@ def test_near_duplicates_share_nine_tenths_of_their_words():
 def test_parameters_are_who_what_and_how_many():
     shop = next(task for task in load_suite("shop") if "pieces" in task.instruction)
     named = parameters(shop)
-    assert any(word.isdigit() for word in named) and any(word[0].isupper() for word in named)
-    assert not named & {"wants", "to", "change", "the", "pieces", "Please", "for"}
+    assert any(word.isdigit() for word in named) and named & {name.lower() for name in CUSTOMERS}
+    assert not named & {"wants", "to", "change", "the", "pieces", "please", "for"}
 
 
 def test_a_held_out_task_leaks_in_whatever_words(held_out):
@@ -224,6 +225,14 @@ def test_the_kept_tasks_pass_the_filter_again(whole):
     assert done.returncode == 0 and all(json.loads(line)["ok"] for line in done.stdout.splitlines())
 
 
+def test_the_saved_adapter_scores_what_the_trained_policy_scored(whole):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), "--adapter", str(whole / "adapter"), "--trials", "1", "--parallel", "12", "--json"],
+        capture_output=True, text=True, timeout=240,
+    )
+    assert json.loads(done.stdout) == json.loads((whole / "summary.json").read_text())["after"], done.stderr[-2000:]
+
+
 COMPARED = ["tasks.jsonl", "rejected.jsonl", "metrics.jsonl", "trajectories.jsonl", "adapter/adapter_model.safetensors"]
 
 
@@ -262,8 +271,6 @@ def test_a_finished_run_is_not_overwritten(whole):
 
 
 def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     before = {path.name: path.read_bytes() for path in run.glob("*.jsonl")}
@@ -272,6 +279,15 @@ def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_pat
     done = command("--resume", str(run), cwd=tmp_path)
     assert done.returncode == 2 and "damaged" in done.stderr and "Traceback" not in done.stderr
     assert {path.name: path.read_bytes() for path in run.glob("*.jsonl")} == before
+
+
+def test_a_lost_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoint")
+    done = command("--resume", str(run), cwd=tmp_path)
+    assert done.returncode == 2 and "lost its checkpoint" in done.stderr and "Traceback" not in done.stderr
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
