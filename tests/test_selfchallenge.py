@@ -240,7 +240,9 @@ def interrupted_when(folder: Path, name: str, lines: int) -> Path:
     """Start the same run, and interrupt it once a file has so many lines; return the run's folder."""
     run = folder / "runs" / "a"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "selfchallenge.py"), *SMALL, "--name", "a"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(ROOT / "selfchallenge.py"), *SMALL, "--name", "a"],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job may be deaf to Ctrl-C
     )
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -378,9 +379,16 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     assert result.returncode == 2 and b"No space left" in result.stderr and b"Traceback" not in result.stderr
 
 
+def hear_interrupts():
+    """A shell starts its background jobs deaf to Ctrl-C, and a test run may be one of them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupt_is_one_sentence(tmp_path):
     (tmp_path / "tasks.jsonl").write_text("\n".join([SHOP.to_json()] * 5_000))
-    process = subprocess.Popen([sys.executable, VERIFY, "tasks.jsonl"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, VERIFY, "tasks.jsonl"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_interrupts
+    )
     assert json.loads(process.stdout.readline())["ok"]
     process.send_signal(2)
     _, errors = process.communicate(timeout=60)
