@@ -522,7 +522,7 @@ def train(
         rewards = torch.tensor([t.reward for t in trajectories]).view(len(chosen), options.rollouts)  # [tasks, K]
         advantage = advantages(rewards, options.baseline).flatten()  # [tasks * K]
         figures = reinforce_step(policy, optimizer, trajectories, advantage, micro_batch_tokens=options.micro_batch_tokens)
-        reward, signal = rewards.mean().item(), (rewards.std(1) > 0).float().mean().item()
+        reward, signal = rewards.mean().item(), (rewards != rewards[:, :1]).any(1).float().mean().item()
         speed = sum(map(sum, (t.mask for t in trajectories))) / (time.monotonic() - started)
         bar.set_postfix(reward=f"{reward:.2f}", signal=f"{signal:.2f}", tokens_per_s=f"{speed:.0f}")
         metrics = {"step": step, "reward": reward, "signal": signal, **figures}
