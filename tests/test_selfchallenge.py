@@ -217,6 +217,13 @@ def test_no_task_of_a_run_leaks(whole, held_out):
     assert lines and not any(held_out.leaks(line["instruction"]) for line in lines)
 
 
+def test_no_task_of_an_unfiltered_pool_leaks(tmp_path, held_out):
+    done = command(*SMALL, "--no-filter", "--steps", "1", "--name", "a", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "a" / "tasks.jsonl").read_text().splitlines()]
+    assert len(lines) > 12 and not any(held_out.leaks(line["instruction"]) for line in lines)
+
+
 def test_the_kept_tasks_pass_the_filter_again(whole):
     done = subprocess.run(
         [sys.executable, str(ROOT / "verify.py"), str(whole / "tasks.jsonl")], capture_output=True, text=True, timeout=120
