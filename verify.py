@@ -180,9 +180,18 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 
 # ---------------------------------------------------------------------------------------------------
 # INSIDE THE JAIL
-# A fork server executes the text from here to OUTSIDE and nothing else of the project: with tools.py in
-# its memory, model-written code could compute the hidden states. The server has one thread and little
-# memory, since that is what a fork costs, and forks one child for each untrusted author.
+# The layers, and what each of them stops:
+#   a process of its own      patched built-ins, frames, gc: code under test shares no memory with the verdict
+#   data on a pipe            printed success, exit codes, objects that equal everything: none of them is True
+#   state outside             reading or changing the world other than by its tools
+#   a deadline, then a kill   endless loops, sleeps, calls in C that nothing else interrupts
+#   limits                    eating the memory, filling the disk, computing on after the reply
+#   a filter of system calls  files, network, processes, signals: the kernel refuses all but SYSTEM_CALLS
+#   nothing to find           no environment variables, no open files, no code of this project to import
+#   two servers, two seeds    an evaluation that follows hashes or chance: it contradicts itself
+# A fork server executes the text from here to OUTSIDE and nothing else of the project: with tools.py in its
+# memory, model-written code could compute the hidden states. The server has one thread and little memory,
+# since that is what a fork costs, and forks one child for each untrusted author.
 
 MEMORY_BYTES = 256 * 1024 * 1024  # of address space in a child
 PROCESSOR_SECONDS = 60            # in the life of a child; the parent sets a wall deadline to each action
@@ -193,8 +202,9 @@ NESTING = 50                      # levels of lists and dicts in plain data
 
 # What code can import: a child cannot open files, so the server imports what a child may need.
 MODULES = """base64 bisect calendar cmath collections.abc copy ctypes dataclasses datetime decimal encodings.ascii
-    encodings.latin_1 enum fractions functools gc heapq io itertools json linecache math numbers operator os random re
-    resource signal socket statistics string struct sys textwrap time traceback types typing unicodedata _strptime""".split()
+    encodings.latin_1 enum fractions functools gc heapq io itertools json linecache math numbers operator os pprint
+    random re resource signal socket statistics string struct sys textwrap time traceback types typing unicodedata
+    _strptime""".split()
 
 # All that a child may ask of the kernel, by the numbers of x86-64 and aarch64. None of these calls takes a path
 # or makes a process or a descriptor; kill is missing, and so are fcntl and ioctl, by which a signal can be sent too.
@@ -224,126 +234,126 @@ def seccomp_program() -> bytes:
 
 
 def make_confine(strong: bool) -> Callable[[], None]:
-    """Return the function by which a child gives up for good what it does not need; weak means the limits alone.
+    """Limit this process, and so its children; return the function by which a child gives up the rest for good.
 
-    The server prepares all that it can, because each page of memory that a child touches costs a copy.
+    What can be prepared is prepared here, because each page of memory that a child touches costs a copy.
     """
     import resource  # here, because this file must get as far as saying that Windows cannot have the jail
-    limits = {resource.RLIMIT_CPU: PROCESSOR_SECONDS, resource.RLIMIT_NOFILE: 16, resource.RLIMIT_NPROC: 0,
-              resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}
     linux = sys.platform == "linux"
+    limits = {resource.RLIMIT_NOFILE: 16, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}
     if linux:  # elsewhere this limit is missing, or below what Python itself occupies
         limits[resource.RLIMIT_AS] = MEMORY_BYTES
-        prctl = ctypes.CDLL(None).prctl
-    program = seccomp_program() if strong else b""
-    instructions = ctypes.create_string_buffer(program)
+    for limit, most in limits.items():
+        resource.setrlimit(limit, (most, most))
+    program = ctypes.create_string_buffer(seccomp_program()) if strong else b""
+    prctl = ctypes.CDLL(None).prctl if linux else None
+    server = os.getpid()
 
     def confine() -> None:
-        pointer = struct.pack("HP", len(program) // 8, ctypes.addressof(instructions))
-        for limit, most in limits.items():
-            resource.setrlimit(limit, (most, most))
+        resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_SECONDS, PROCESSOR_SECONDS))
         if linux:
-            prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: end with the server
-        if strong and (prctl(38, 1, 0, 0, 0) or prctl(22, 2, pointer, 0, 0)):
-            os._exit(1)  # without PR_SET_NO_NEW_PRIVS and PR_SET_SECCOMP nothing untrusted may run
+            prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: end with the server ...
+            if os.getppid() != server:
+                os._exit(1)                    # ... which may have ended already
+        if not strong:
+            return resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no processes, unless for root
+        pointer = struct.pack("HP", len(program) // 8, ctypes.addressof(program))
+        if prctl(38, 1, 0, 0, 0) or prctl(22, 2, pointer, 0, 0):  # PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP
+            os._exit(1)  # without the filter nothing untrusted may run
     return confine
 
 
 def serve(descriptor: int, seed: int, strong: bool) -> None:
-    """The fork server: a request is 0 with a descriptor, to fork a child on it, or the pid of a child to end.
+    """The fork server: a request is 0, to be handed a child, or the pid of a child to end.
 
-    Children are reaped only when they are to end, so that a pid never comes to mean another process.
-    The end of the control socket means that the parent is gone; the kernel then ends the children.
+    A child is forked before it is asked for, while the parent still works with the one before. Children are
+    reaped only when they are to end, so that a pid never comes to mean another process. The end of the
+    control socket means that the parent is gone: then all of them end.
     """
-    control = socket.socket(fileno=descriptor)
-    confine = make_confine(strong)
+    control, confine, children = socket.socket(fileno=descriptor), make_confine(strong), set()
     sys.path.clear()
     os.environ.clear()
+    rehearse()
     gc.freeze()  # or a collection in a child would touch, and so copy, the server's memory
-    while len((request := socket.recv_fds(control, 8, 1))[0]) == 8:
-        (pid,), channels = struct.unpack("q", request[0]), request[1]
-        if pid:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        else:
-            pid = fork_child(control, channels[0], seed, confine)
-            os.close(channels[0])
-        control.sendall(struct.pack("q", pid))
+    spare, channel = 0, None
+    while len(request := control.recv(8)) == 8:
+        (pid,) = struct.unpack("q", request)
+        if pid in children:
+            end(pid)
+            children.remove(pid)
+            continue
+        if spare <= 0:
+            spare, channel = fork_child(control, seed, confine)
+        socket.send_fds(control, [struct.pack("q", spare)], [channel.fileno()] if channel else [])
+        if channel:
+            channel.close()
+            children.add(spare)
+        spare, channel = fork_child(control, seed, confine)
+    for pid in children | {spare} - {0}:
+        end(pid)
 
 
-def fork_child(control: socket.socket, channel: int, seed: int, confine: Callable[[], None]) -> int:
-    """Fork a confined child; return its pid, or the negative error number if the system refuses."""
+def fork_child(control: socket.socket, seed: int, confine: Callable[[], None]) -> tuple[int, socket.socket | None]:
+    """Fork a confined child; return its pid and a channel to it, or a negative error number if the system refuses."""
+    ours, theirs = socket.socketpair()
     try:
         pid = os.fork()
     except OSError as error:
-        return -error.errno
+        pid, ours = -error.errno, None
     if pid == 0:
         try:
             control.close()
+            ours.close()
             confine()
             random.seed(seed)
-            obey(open(channel, "rb"), open(channel, "wb"))
+            live(theirs.fileno())
         finally:
             os._exit(1)
-    return pid
+    theirs.close()
+    return pid, ours
 
 
-def plain(value: Any, nesting: int = NESTING) -> Any:
-    """Return `value` as plain data, tuples as lists; raises ValueError for all that is not plain data."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return value.encode().decode()  # raises for half a surrogate pair, which no file could hold
-    if isinstance(value, int) and abs(value) < 2**63:
-        return int(value)
-    if isinstance(value, float) and abs(value) < float("inf"):
-        return float(value)
-    if isinstance(value, (list, tuple)) and nesting:
-        return [plain(item, nesting - 1) for item in value]
-    if isinstance(value, dict) and nesting and all(isinstance(key, str) for key in value):
-        return {plain(key): plain(item, nesting - 1) for key, item in value.items()}
-    raise ValueError(f"{type(value).__name__}: only text, finite numbers of 64 bits, True, False, None, lists and "
-                     f"dicts with text as keys can leave the code, nested at most {NESTING} times")
+def end(pid: int) -> None:
+    """End a child for good."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
-def pack(message: Any) -> bytes:
-    """Return the line that carries a message through the pipe; raises ValueError if it is not plain or too long."""
-    line = json.dumps(plain(message)).encode() + b"\n"
-    if len(line) > MESSAGE_BYTES:
-        raise ValueError(f"more than {MESSAGE_BYTES:,} bytes of data")
-    return line
+def rehearse() -> None:
+    """Run some code before any child does: what Python prepares in a first run, no child has to prepare again."""
+    for code in ["print(len('rehearsal'))", "1 / 0"] * 10:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            send(ours.fileno(), {"tools": ["tool"], "code": code})
+            ours.shutdown(socket.SHUT_WR)
+            live(theirs.fileno())
 
 
-def obey(reader: io.BufferedReader, writer: io.BufferedWriter) -> None:
-    """The life of a child: learn the names of the tools, then carry out requests until the pipe is closed."""
-    def send(message: Any) -> None:
-        writer.write(pack(message))
-        writer.flush()
-
-    def make_stub(name: str) -> Callable:
-        def stub(*arguments: Any, **keywords: Any) -> Any:
-            send({"tool": name, "arguments": arguments, "keywords": keywords})
-            reply = json.loads(reader.readline())
-            if "refusal" in reply:
-                raise ToolError(reply["refusal"])
-            return reply["value"]
-        stub.__name__ = stub.__qualname__ = name
-        return stub
-
-    ToolError = type("ToolError", (Exception,), {"__module__": "builtins"})  # tracebacks then show the bare name
+def live(channel: int) -> None:
+    """The life of a child: carry out requests, of which the first names the tools, until the pipe is closed."""
     sys.modules["__main__"] = types.ModuleType("__main__")
     variables = vars(sys.modules["__main__"])
-    variables.update({name: make_stub(name) for name in json.loads(reader.readline())}, ToolError=ToolError)
+    variables["ToolError"] = Refusal
     for number in itertools.count(1):
-        request = json.loads(reader.readline())
-        sys.stdout = sys.stderr = printed = io.StringIO()
+        if not (request := receive(channel)):
+            return
+        sys.stdout = sys.stderr = printed = Printed()
         value = error = None
         try:
+            variables.update({name: make_stub(channel, name) for name in request.pop("tools", ())})
             value = plain(carry_out(variables, f"<action {number}>", **request))
         except BaseException as failure:  # SystemExit too: the process is still needed
             error = explain(failure)
-        text = printed.getvalue()[:PRINTED_CHARACTERS].encode(errors="replace").decode()
-        send({"printed": text, "error": error, "value": value})
+        text = printed.getvalue().encode(errors="replace").decode()
+        send(channel, {"printed": text, "error": error, "value": value})
+
+
+class Printed(io.StringIO):
+    """What an action prints, of which no more is kept than PRINTED_CHARACTERS."""
+
+    def write(self, text: str) -> int:
+        super().write(text[:max(0, PRINTED_CHARACTERS - self.tell())])
+        return len(text)
 
 
 def carry_out(variables: dict, filename: str, code: str = "", name: str = "", arguments: list | None = None) -> Any:
@@ -367,6 +377,65 @@ def explain(failure: BaseException) -> str:
     text = "".join(lines + traceback.format_exception_only(failure)).strip()
     text += f" (of {MEMORY_BYTES // 2**20} MB)" if isinstance(failure, MemoryError) else ""
     return text[-ERROR_CHARACTERS:].encode(errors="replace").decode()
+
+
+Refusal = type("ToolError", (Exception,), {"__module__": "builtins"})  # so that a traceback shows the bare name
+
+
+def make_stub(channel: int, name: str) -> Callable:
+    """Return what model-written code calls in place of a tool: the call crosses the pipe as data, and so the result."""
+    def stub(*arguments: Any, **keywords: Any) -> Any:
+        send(channel, {"tool": name, "arguments": arguments, "keywords": keywords})
+        reply = receive(channel)
+        if "refusal" in reply:
+            raise Refusal(reply["refusal"])
+        return reply["value"]
+    stub.__name__ = stub.__qualname__ = name
+    return stub
+
+
+def send(channel: int, message: Any) -> None:
+    """Write a message to the pipe."""
+    line = pack(message)
+    while line:
+        line = line[os.write(channel, line):]
+
+
+def receive(channel: int) -> dict | None:
+    """Read a message from the pipe; None means that the other end is closed."""
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(channel, 65_536)
+        if not piece:
+            return None
+        line += piece
+    return json.loads(line)
+
+
+def pack(message: Any) -> bytes:
+    """Return the line that carries a message through the pipe; raises ValueError if it is not plain or too long."""
+    line = json.dumps(plain(message)).encode() + b"\n"
+    if len(line) > MESSAGE_BYTES:
+        raise ValueError(f"more than {MESSAGE_BYTES:,} bytes of data")
+    return line
+
+
+def plain(value: Any, nesting: int = NESTING) -> Any:
+    """Return `value` as plain data, tuples as lists; raises ValueError for all that is not plain data."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return value.encode().decode()  # raises for half a surrogate pair, which no file could hold
+    if isinstance(value, int) and abs(value) < 2**63:
+        return int(value)
+    if isinstance(value, float) and abs(value) < float("inf"):
+        return float(value)
+    if isinstance(value, (list, tuple)) and nesting:
+        return [plain(item, nesting - 1) for item in value]
+    if isinstance(value, dict) and nesting and all(isinstance(key, str) for key in value):
+        return {plain(key): plain(item, nesting - 1) for key, item in value.items()}
+    raise ValueError(f"{type(value).__name__}: only text, finite numbers of 64 bits, True, False, None, lists and "
+                     f"dicts with text as keys can leave the code, nested at most {NESTING} times")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -397,6 +466,14 @@ def observation(outcome: Outcome) -> str:
     return "\n".join(filter(None, [printed, outcome.error])) or "(no output: only what the code prints is shown)"
 
 
+def inside(statement: str) -> list[str]:
+    """Return the command of a process that holds the text INSIDE THE JAIL and what it imports, and runs a statement."""
+    with open(__file__, encoding="utf-8") as file:
+        source = file.read().partition("\n# INSIDE")[2].partition("\n# OUTSIDE")[0]
+    imports = f"import sys; sys.path.remove(''); import {', '.join(MODULES)}; from typing import Any, Callable"
+    return [sys.executable, "-s", "-S", "-B", "-c", f"{imports}\n#{source}\n{statement}"]  # -I ignores the hash seed
+
+
 class ForkServer:
     """The parent's end of a process that forks children; it may be used from several threads."""
 
@@ -404,36 +481,44 @@ class ForkServer:
         self.lock = threading.Lock()
         self.control, theirs = socket.socketpair()
         self.control.settimeout(10)  # for what takes milliseconds: a server that needs longer is stuck
-        with open(__file__, encoding="utf-8") as file:
-            source = file.read().partition("\n# INSIDE")[2].partition("\n# OUTSIDE")[0]
-        imports = f"import sys; sys.path.remove(''); import {', '.join(MODULES)}; from typing import Any, Callable"
-        program = f"{imports}\n#{source}\nserve({theirs.fileno()}, {seed}, {strong})"
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-s", "-S", "-B", "-c", program],  # and not -I, which ignores the hash seed
+                inside(f"serve({theirs.fileno()}, {seed}, {strong})"),
                 env={"PYTHONHASHSEED": str(seed)}, cwd="/", pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the parent, which then closes the control socket
             )
 
-    def request(self, number: int, channels: Iterable[int] = ()) -> int:
-        """Return the server's reply to a request; a server that fails to reply is stopped, and OSError raised."""
+    def child(self) -> tuple[int, socket.socket]:
+        """Return the pid of a new child and the channel to it; raises OSError, upon which the server is stopped."""
         with self.lock:
             try:
-                socket.send_fds(self.control, [struct.pack("q", number)], list(channels))
-                reply = self.control.recv(8)
+                self.control.sendall(struct.pack("q", 0))
+                reply, channels, _, _ = socket.recv_fds(self.control, 8, 1)
                 if not reply:
                     raise ConnectionError("the fork server has ended")
-                return struct.unpack("q", reply)[0]
             except BaseException:  # an interrupt too: the next request would take the reply for its own
                 self.stop()
                 raise
+        (pid,) = struct.unpack("q", reply)
+        if not channels:
+            reason = os.strerror(-pid) if pid < 0 else "too many files are open (see ulimit -n)"
+            raise JailError(f"the system gives no more processes to the jail: {reason}")
+        return pid, socket.socket(fileno=channels[0])
+
+    def end(self, pid: int) -> None:
+        """Have a child ended, before the server hands out another one; raises OSError if the server is gone."""
+        with self.lock:
+            self.control.sendall(struct.pack("q", pid))
 
     def stop(self) -> None:
-        """End the server and with it its children; it may have been stopped before."""
+        """End the children and the server; it may have been stopped before."""
         self.control.close()
-        self.process.kill()
-        self.process.wait()
+        try:
+            self.process.wait(timeout=2)
+        except subprocess.TimeoutExpired:  # it is stuck; when it is killed the kernel ends its children
+            self.process.kill()
+            self.process.wait()
 
 
 class Jail(contextlib.AbstractContextManager):
@@ -481,18 +566,15 @@ class Jail(contextlib.AbstractContextManager):
                 server.stop()
                 self.servers[replica] = ForkServer(replica + 1, self.strong)
 
-    def fork(self, replica: int, channel: int) -> tuple[ForkServer, int]:
-        """Return a server and the pid of its new child; raises JailError if the system refuses a process."""
-        server = self.servers[replica]
-        try:
-            pid = server.request(0, [channel])
-        except OSError:
-            self.replace(replica, server)
+    def fork(self, replica: int) -> tuple[ForkServer, int, socket.socket]:
+        """Return a server, the pid of its new child, and the channel to it; a server that fails is replaced once."""
+        for _ in range(2):
             server = self.servers[replica]
-            pid = server.request(0, [channel])
-        if pid < 0:
-            raise JailError(f"the system starts no more processes: {os.strerror(-pid)}")
-        return server, pid
+            try:
+                return server, *server.child()
+            except OSError:
+                self.replace(replica, server)
+        raise JailError("the jail's servers end as soon as they start: is the system out of memory or processes?")
 
     def probe(self) -> dict[str, bool]:
         """Return, for each thing that a child of the jail just tried, whether the system refused it."""
@@ -537,12 +619,12 @@ class Session(contextlib.AbstractContextManager):
         self.close()
 
     def close(self) -> None:
-        """End the child, if there is one; when this returns it is gone."""
+        """End the child, if there is one."""
         if self.channel is not None:
             self.channel.close()
             self.channel = None
             with contextlib.suppress(OSError):  # a server that is gone has taken its children along
-                self.server.request(self.pid)
+                self.server.end(self.pid)
 
     def run(self, code: str) -> Outcome:
         """Run code; return what it printed, and the error if it did not run to its end."""
@@ -559,12 +641,14 @@ class Session(contextlib.AbstractContextManager):
 
     def ask(self, **request: Any) -> Outcome:
         """Have the child carry out a request, and meanwhile execute its tool calls, all before the deadline."""
+        if self.channel is None:
+            request["tools"] = list(self.environment.tools()) if self.environment else []
         try:
             message = pack(request)
         except ValueError as error:
             return Outcome("", f"the arguments cannot reach the code: {error}")
         if self.channel is None:
-            message = self.start() + message
+            self.server, self.pid, self.channel = self.jail.fork(self.replica)
         deadline = time.monotonic() + self.jail.seconds
         try:
             for calls in itertools.count(1):
@@ -578,14 +662,6 @@ class Session(contextlib.AbstractContextManager):
         except ChildLost as loss:
             self.close()
             return Outcome("", f"{loss}; the variables of earlier actions are lost")
-
-    def start(self) -> bytes:
-        """Have a child forked; return the message that it expects first, with the names of the tools."""
-        channel, theirs = socket.socketpair()
-        with theirs:
-            self.server, self.pid = self.jail.fork(self.replica, theirs.fileno())
-        self.channel = channel
-        return pack(list(self.environment.tools()) if self.environment else [])
 
     def exchange(self, message: bytes, deadline: float) -> Any:
         """Return the child's reply to a message; raises ChildLost if it is late or malformed, or the child dead."""

@@ -1,18 +1,30 @@
-"""The jail under attack: whatever code tries, the parent lives, verdicts stay its own, and the next check works."""
+"""The jail under attack.
+
+Each attack runs twice: without the layer that stops it, most often in a bare Python process, where it must
+work, and in the jail, where it must not. Where it cannot be shown to work, the test says why. After each
+test an honest check must still pass, and no process, file or descriptor may be left.
+"""
+import contextlib
+import json
 import os
-import re
+import platform
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tools import make_environment
-from verify import CodeAsTask, ForkServer, Jail, JailError, evaluate, judge, observation
+from tools import Environment, make_environment, tool
+from verify import CodeAsTask, ForkServer, Jail, JailError, Session, evaluate, judge, observation
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the strong jail")
 
 SEED = 3
 TEA = make_environment("calculator", SEED).state["tea"]
+SECRET = "planted-secret"
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +34,42 @@ def jail():
 
 
 @pytest.fixture(autouse=True)
-def benign_check_passes_afterwards(jail):
-    """After each attack, an honest session on each server still works."""
+def nothing_is_poisoned_or_left(jail):
+    """After each test, an honest check works on each server, and only the servers and their spare children live."""
+    check_honestly(jail)
+    descriptors = len(os.listdir("/proc/self/fd"))
     yield
+    check_honestly(jail)
+    assert settled(jail), descendants()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def check_honestly(jail):
     for replica in (0, 1):
         with jail.session(make_environment("calculator", SEED), replica) as session:
             assert session.run("result = amount('tea')\nprint('tea', result)").printed == f"tea {TEA}\n"
             assert session.value("result") == TEA
+
+
+def settled(jail):
+    """Whether the processes below this one are, an instant later at most, each server and one spare child of it."""
+    for _ in range(100):
+        if len(descendants()) == 2 * len(jail.servers):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def descendants():
+    """The pids of all processes below this one."""
+    parents = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{entry}/stat") as file:
+            parents[int(entry)] = int(file.read().rpartition(")")[2].split()[1])
+    family = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return family - {os.getpid()}
 
 
 def run(jail, code):
@@ -36,27 +77,21 @@ def run(jail, code):
         return session.run(code)
 
 
+def bare(code, seconds=20.0):
+    """Run code as it would run without a jail: in a Python process of its own, and no more."""
+    return subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=seconds)
+
+
 def verdict(jail, evaluation, answer=None):
     """The verdict of an evaluation on an answer, for which only True is a pass."""
-    task = CodeAsTask("calculator", SEED, "Find the tea.", evaluation, "result = 1", ["result = 2"] * 3)
-    return evaluate(jail, task, make_environment("calculator", SEED), answer)
+    return evaluate(jail, task_with(evaluation), make_environment("calculator", SEED), answer)
 
 
-def descendants():
-    """The pids of all processes below this one."""
-    parents = {}
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{entry}/stat") as file:
-                parents[int(entry)] = int(file.read().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile
-    family = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-    return family - {os.getpid()}
+def task_with(evaluation, env="calculator"):
+    return CodeAsTask(env, SEED, "Find the tea.", evaluation, "result = 1", ["result = 2"] * 3)
 
 
+# ---------------------------------------------------------------------------------------------------
 # what a session is for
 
 
@@ -91,17 +126,17 @@ def test_an_error_names_the_line_and_shows_no_path_of_the_host(jail):
 
 
 def test_common_modules_import_and_others_say_that_they_are_missing(jail):
-    names = "math, json, re, random, collections, itertools, functools, datetime, statistics, string, typing, decimal"
+    names = "math, json, re, random, collections, itertools, functools, datetime, statistics, string, typing, decimal, pprint"
     assert run(jail, f"import {names}\nfrom dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\nP(1)").error is None
     assert run(jail, "import datetime\nprint(datetime.datetime.strptime('2024', '%Y').year)").printed == "2024\n"
     assert run(jail, "import numpy").error.endswith("ModuleNotFoundError: No module named 'numpy'")
 
 
-def test_observation_shows_output_and_error_and_marks_a_cut(jail):
+def test_an_observation_shows_output_and_error_and_marks_a_cut(jail):
     outcome = run(jail, "print('before')\n1 / 0")
     assert observation(outcome).startswith("before\n<action 1>, line 2: 1 / 0\nZeroDivisionError")
     assert observation(run(jail, "x = 1")).startswith("(no output")
-    assert len(observation(run(jail, "print('x' * 10**6)"))) < 5_000 and "cut" in observation(run(jail, "print('x' * 10**6)"))
+    assert observation(run(jail, "print('x' * 5_000)")).endswith("x\n… (cut after 4,000 characters)")
 
 
 def test_values_are_plain_data_or_none(jail):
@@ -118,23 +153,6 @@ i = collections.OrderedDict(x=collections.defaultdict(int, y=1)); j = 'x' * 10**
         assert session.value("j") is None
 
 
-# exhaustion
-
-
-@pytest.mark.parametrize("code", [
-    "while True: pass",
-    "10 ** 10 ** 8",                         # one call in C, which no Python signal handler interrupts
-    "import re; re.match('(a+)+$', 'a' * 40 + 'b')",
-    "import time; time.sleep(1000)",         # takes no processor time
-    "while True: print('x' * 1000)",
-    "try:\n    while True: pass\nfinally:\n    while True: pass",
-    "while True:\n    try: amount('tea')\n    except BaseException: continue",
-])
-def test_endless_code_is_ended(jail, code):
-    outcome = run(jail, code)
-    assert outcome.error and ("took longer than 1 seconds" in outcome.error or "memory" in outcome.error.lower())
-
-
 def test_after_a_timeout_the_session_goes_on_without_its_variables(jail):
     with jail.session(make_environment("calculator", SEED)) as session:
         session.run("x = 1")
@@ -144,151 +162,480 @@ def test_after_a_timeout_the_session_goes_on_without_its_variables(jail):
         assert session.run("print(amount('tea'))").printed == f"{TEA}\n"
 
 
-@pytest.mark.parametrize("code", [
-    "x = [0] * 10**10",
-    "x = 'a' * 10**11",
-    "x = []\nwhile True: x.append(bytearray(10**7))",
-    "import mmap",
-    "def f(): f()\nf()",
-    "import sys; sys.setrecursionlimit(10**9)\ndef f(): return f()\nf()",
-    "(" * 5_000 + ")" * 5_000,
-    "x = " + "-" * 60_000 + "1",
-    "import ctypes; ctypes.string_at(0)",
-    "import os; os._exit(0)",
-    "import os; os.abort()",
-    "import sys; sys.exit(0)",
-    "raise SystemExit",
-    "import signal; signal.raise_signal(signal.SIGKILL)",
-    "raise type('E', (BaseException,), {'__str__': lambda self: 1 / 0})",
-    "class E(Exception):\n    def __str__(self):\n        while True: pass\nraise E",
-])
-def test_code_that_breaks_itself_gets_an_error(jail, code):
+def test_hundreds_of_sessions_can_be_open_at_once(jail):
+    with contextlib.ExitStack() as stack:
+        sessions = [stack.enter_context(jail.session(make_environment("calculator", SEED), i)) for i in range(300)]
+        for number, session in enumerate(sessions):
+            assert session.run(f"number = {number}").error is None
+        assert [session.value("number") for session in sessions] == list(range(300))
+
+
+# ---------------------------------------------------------------------------------------------------
+# a deadline, then a kill: endless code. A bare process is still running after a while, and most of these even
+# if it sets itself an alarm and raises an exception in the handler, which is how a time limit is often written.
+
+ALARM = """
+import signal
+def late(*arguments): raise TimeoutError
+signal.signal(signal.SIGALRM, late)
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+"""
+FOREVER = "def forever():\n    while True: pass\n"
+ENDLESS = {
+    "a_call_in_c": ALARM + "sum(range(10**12))",
+    "a_loop": "while True: pass",
+    "a_power": "10 ** 10 ** 8",
+    "a_regular_expression": "import re\nre.match('(a+)+$', 'a' * 40 + 'b')",
+    "a_loop_that_catches_all": ALARM + FOREVER + "while True:\n    try: forever()\n    except BaseException: continue",
+    "a_sleep_that_catches_all": ALARM + "import time\nwhile True:\n    try: time.sleep(1000)\n    except BaseException: continue",
+    "an_endless_finally": ALARM + FOREVER + "try: forever()\nfinally: forever()",
+    "an_iterator_in_c": ALARM + "import itertools\nsum(itertools.repeat(0))",
+    "a_flood_of_output": "while True: print('x' * 1000)",
+    "a_flood_of_calls": ALARM + "def call():\n    while True:\n        try: amount('tea')\n        except Exception: continue\n"
+                                "while True:\n    try: call()\n    except BaseException: continue",
+}
+
+
+@pytest.mark.parametrize("code", ENDLESS.values(), ids=ENDLESS)
+def test_endless_code_is_ended(jail, code):
+    with pytest.raises(subprocess.TimeoutExpired):
+        bare(code, seconds=0.4)
+    start = time.monotonic()
+    outcome = run(jail, code.removeprefix(ALARM))  # the jail refuses the alarm itself
+    assert "took longer than 1 seconds" in outcome.error
+    assert time.monotonic() - start < 10  # a generous bound: the deadline is 1 s, but the machine may be busy
+
+
+def test_a_child_that_sends_bytes_for_ever_is_ended_at_the_deadline(jail):
+    # A time limit for each read alone would never be reached: every tool call in time extends it.
+    code = "import os\nwhile True:\n    for fd in range(3, 16):\n        try: os.write(fd, b' ')\n        except OSError: pass"
     outcome = run(jail, code)
-    assert outcome.error and outcome.value is None
+    assert "took longer" in outcome.error or "crashed" in outcome.error
 
 
-def test_a_flood_of_tool_calls_is_refused(jail):
-    outcome = run(jail, "for i in range(1001): add(1, 1)")
-    assert "1,000 tool calls" in outcome.error or "took longer" in outcome.error
+def test_what_computes_on_after_its_reply_has_little_time(jail):
+    # The reply is forged, so for the parent the action is over. Waiting for the limit would take a minute.
+    forged = json.dumps({"printed": "", "error": None, "value": None}) + "\n"
+    code = f"import os\nfor fd in range(3, 16):\n    try: os.write(fd, {forged.encode()!r})\n    except OSError: pass\nwhile True: pass"
+    with jail.session(None) as session:
+        assert session.run(code).error is None
+        with open(f"/proc/{session.pid}/limits") as file:
+            (limit,) = [line.split()[3:5] for line in file if line.startswith("Max cpu time")]
+        assert limit == ["60", "60"]
+        assert "took longer" in session.run("x = 1").error
 
 
-@pytest.mark.parametrize("code", ["x = 1\0", "x = '\ud800'", "x = 1 #" + "x" * 70_000, "", None, 5])
+# ---------------------------------------------------------------------------------------------------
+# limits: memory. A bare process gets the 400 MB.
+
+GREEDY = {
+    "bytes": "x = bytearray(400 * 2**20)",
+    "text": "x = 'a' * (400 * 2**20)",
+    "a_list": "x = [0] * (50 * 2**20)",
+    "piece_by_piece": "x = [bytearray(2**20) for _ in range(400)]",
+    "anonymous_memory": "import ctypes\nmmap = ctypes.CDLL(None).mmap\nmmap.restype = ctypes.c_void_p\n"
+                        "if mmap(None, ctypes.c_size_t(400 * 2**20), 3, 0x22, -1, 0) == 2**64 - 1: raise MemoryError",
+    "a_large_number": "x = 1 << (400 * 2**23)",
+}
+
+
+@pytest.mark.parametrize("code", GREEDY.values(), ids=GREEDY)
+def test_memory_is_limited(jail, code):
+    assert bare(code + "\nprint('got')").stdout == "got\n"
+    outcome = run(jail, code + "\nprint('got')")
+    assert "MemoryError" in outcome.error and "(of 256 MB)" in outcome.error and "got" not in outcome.printed
+
+
+def test_output_that_is_kept_is_limited(jail):
+    for code in ("print('x' * 10**7)", "for _ in range(10**4): print('x' * 10**3)"):
+        assert len(bare(code).stdout) > 10**7
+        outcome = run(jail, code)
+        assert outcome.error is None and len(outcome.printed) == 20_000
+
+
+def test_tool_calls_are_limited(jail):
+    code = "for i in range(1001): add(1, 1)"
+    jail.seconds, before = 60.0, jail.seconds  # so that the number is what ends it
+    try:
+        assert "1,000 tool calls at most" in run(jail, code).error
+        assert run(jail, code.replace("1001", "1000")).error is None
+    finally:
+        jail.seconds = before
+
+
+# ---------------------------------------------------------------------------------------------------
+# a process of its own: code that breaks the process in which it runs. A bare process ends without reaching
+# the line after it, and by a signal or in silence: in the process of the trainer, that would be the end of the run.
+
+BREAKING = {
+    "reading_address_0": "import ctypes; ctypes.string_at(0)",
+    "abort": "import os; os.abort()",
+    "a_signal_to_itself": "import signal; signal.raise_signal(signal.SIGKILL)",
+    "leaving_at_once": "import os; os._exit(0)",
+    "sys_exit": "import sys; sys.exit(0)",
+    "SystemExit": "raise SystemExit",
+    "KeyboardInterrupt": "raise KeyboardInterrupt",
+    "recursion_in_c": "x = iter(())\nfor i in range(200_000): x = map(int, x)\nlist(x)",
+    "recursion_without_a_limit": "import sys; sys.setrecursionlimit(10**9)\ndef f(): return [*map(lambda x: f(), [1])]\nf()",
+    "recursion": "def f(): f()\nf()",
+    "a_chain_of_exceptions": "e = Exception()\nfor i in range(10**6):\n    n = Exception(); n.__cause__ = e; e = n\nraise e",
+    "source_that_nests_parentheses": "(" * 5_000 + ")" * 5_000,
+    "source_that_nests_operators": "x = " + "-" * 60_000 + "1",
+    "source_that_nests_attributes": "a" + ".b" * 30_000,
+    "source_that_crashes_the_compiler": "import sys; sys.setrecursionlimit(10**9)\ncompile('a' + '.b' * 10**6, '', 'exec')",
+    "an_error_without_text": "raise type('E', (BaseException,), {'__str__': lambda self: 1 / 0})",
+    "an_error_whose_text_is_endless_recursion": "class E(Exception):\n    def __str__(self): return str(self)\nraise E",
+    "an_error_of_a_million_characters": "raise ValueError('x' * 10**6)",
+    "closed_streams": "import sys; sys.stdout.close(); sys.stderr.close(); print(1)",
+}
+
+
+@pytest.mark.parametrize("code", BREAKING.values(), ids=BREAKING)
+def test_code_that_breaks_its_process_gets_an_error(jail, code):
+    assert "after" not in bare(code + "\nprint('after')").stdout
+    outcome = run(jail, code + "\nprint('after')")
+    assert outcome.error and len(outcome.error) <= 1_100 and "after" not in outcome.printed
+
+
+def test_an_error_that_never_finds_its_words_is_ended(jail):
+    code = "class E(Exception):\n    def __str__(self):\n        while True: pass\nraise E"
+    with pytest.raises(subprocess.TimeoutExpired):
+        bare(code, seconds=0.4)
+    assert "took longer" in run(jail, code).error
+
+
+@pytest.mark.parametrize("code", ["x = 1\0", "x = '\ud800'", "x = 1 #" + "x" * 70_000, "", None, 5],
+                         ids=["NUL", "surrogate", "huge", "empty", "None", "number"])
 def test_what_is_no_source_is_rejected_before_it_reaches_a_child(jail, code):
+    with pytest.raises((ValueError, TypeError, UnicodeError, OSError, AssertionError)):
+        assert bare(code).stdout  # a bare process cannot even be started on it, or has nothing to say
     assert run(jail, code).error.startswith("the code ")
 
 
-# files, network, processes
+# ---------------------------------------------------------------------------------------------------
+# a filter of system calls: files, network, processes, signals. In a bare process every attack works.
+
+SYSTEM_ATTACKS = {
+    # reading secrets
+    "read_a_file": "assert open({planted!r}).read() == 'planted-secret'",
+    "read_the_environment_of_another": "assert 'planted-secret' in open('/proc/{victim}/environ').read()",
+    "read_the_command_of_another": "open('/proc/{victim}/cmdline').read()",
+    "read_the_own_memory_map": "open('/proc/self/maps').read()",
+    "list_a_folder": "assert 'planted' in os.listdir({folder!r})",
+    "see_that_a_file_exists": "os.stat({planted!r})",
+    "read_a_link": "os.readlink('/proc/self/exe')",
+    "change_the_folder": "os.chdir({folder!r})",
+    "import_a_file": "import sys; sys.path.append({folder!r}); import planted_module",
+    # writing, deleting, links
+    "write_a_file": "open({folder!r} + '/new', 'w').write('x')",
+    "append_to_a_file": "open({planted!r}, 'a').write('x')",
+    "truncate_a_file": "os.truncate({planted!r}, 0)",
+    "delete_a_file": "os.remove({planted!r})",
+    "rename_a_file": "os.rename({planted!r}, {folder!r} + '/new')",
+    "make_a_symbolic_link": "os.symlink('/etc/passwd', {folder!r} + '/new')",
+    "make_a_hard_link": "os.link({planted!r}, {folder!r} + '/new')",
+    "make_a_folder": "os.mkdir({folder!r} + '/new')",
+    "make_a_fifo": "os.mkfifo({folder!r} + '/new')",
+    "change_the_mode": "os.chmod({planted!r}, 0o777)",
+    "change_the_times": "os.utime({planted!r}, (0, 0))",
+    "shared_memory": "path = '/dev/shm/jail-' + str(os.getpid()); open(path, 'w').close(); os.remove(path)",
+    "memory_in_a_file": "os.memfd_create('x')",  # which no limit on the address space sees
+    # network
+    "tcp": "socket.create_connection(('127.0.0.1', {tcp})).sendall(b'x')",
+    "udp": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {udp}))",
+    "unix_socket": "socket.socket(socket.AF_UNIX).connect({folder!r} + '/unix')",
+    "listen": "socket.create_server(('127.0.0.1', 0))",
+    "socket_pair": "socket.socketpair()",
+    "ask_the_kernel_by_netlink": "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)",
+    # descriptors
+    "a_pipe": "os.pipe()",
+    "a_copy_of_a_descriptor": "os.dup(0)",
+    # processes
+    "fork": "pid = os.fork() or os._exit(0); os.waitpid(pid, 0)",
+    "a_fork_that_outlives_its_deadline": "if os.fork() == 0: time.sleep(0.2); open({folder!r} + '/late', 'w').close(); os._exit(0)",
+    "start_a_program": "os.waitpid(os.posix_spawn('/bin/true', ['true'], {{}}), 0)",
+    "become_a_program": "os.execv('/bin/echo', ['echo', 'got'])",
+    "a_thread": "import _thread; _thread.start_new_thread(print, ())",
+    "a_session_of_its_own": "os.setsid()",
+    "outlive_the_server": "assert libc.prctl(1, 0, 0, 0, 0) == 0",  # no death with the parent any more
+    "be_traced": "assert libc.ptrace(0, 0, 0, 0) == 0",
+    # signals
+    "kill_another": "os.kill({victim}, signal.SIGKILL)",
+    "stop_another": "os.kill({victim}, signal.SIGSTOP)",
+    "a_handle_on_another": "os.pidfd_open({victim})",
+    "a_signal_by_way_of_a_descriptor": "assert libc.fcntl(0, 8, {victim}) == 0",  # F_SETOWN, then O_ASYNC
+    "an_alarm": "signal.setitimer(signal.ITIMER_REAL, 100)",
+    # resources
+    "a_lower_priority_for_another": "os.setpriority(os.PRIO_PROCESS, {victim}, 5)",
+    "limits_for_another": "resource.prlimit({victim}, resource.RLIMIT_CORE, (0, 0))",
+    "other_limits": "resource.setrlimit(resource.RLIMIT_CPU, (50, 50))",
+    "other_processors": "os.sched_setaffinity(0, os.sched_getaffinity(0))",
+}
 
 
-@pytest.mark.parametrize("attempt", [
-    "open({path!r}).read()",
-    "open('/tmp/written', 'w')",
-    "open('/proc/self/environ').read()",
-    "os.open('/proc/self/mem', os.O_RDWR)",
-    "os.listdir('/')",
-    "os.stat({path!r})",
-    "os.readlink('/proc/self/exe')",
-    "os.chdir('/tmp')",
-    "os.fork()",
-    "os.execv('/bin/sh', ['sh'])",
-    "os.posix_spawn('/bin/sh', ['sh'], {{}})",
-    "os.pipe()",
-    "os.dup(0)",
-    "os.memfd_create('x')",
-    "os.kill({parent}, 9)",
-    "os.kill(-1, 9)",
-    "os.pidfd_open({parent})",
-    "os.setpriority(os.PRIO_PROCESS, 0, -5)",
-    "os.sched_setaffinity(0, [0])",
-    "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
-    "resource.prlimit({parent}, resource.RLIMIT_CPU, (0, 0))",
-    "socket.socket().connect(('127.0.0.1', {port}))",
-    "socket.socketpair()",
-    "socket.socket(socket.AF_UNIX)",
-    "__import__('_thread').start_new_thread(print, ())",
-])
-def test_the_system_refuses(jail, attempt, tmp_path):
-    planted = tmp_path / "planted"
-    planted.write_text("secret")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        call = attempt.format(path=str(planted), parent=os.getpid(), port=listener.getsockname()[1])
-        outcome = run(jail, f"import os, resource, socket\nprint('got', {call})")
-    assert outcome.error and "got" not in outcome.printed
-    assert re.search("PermissionError|OSError|RuntimeError|not allowed to raise|ended or crashed", outcome.error)
-    assert planted.read_text() == "secret" and not os.path.exists("/tmp/written")
+@contextlib.contextmanager
+def world(folder):
+    """A folder, a process and three sockets as targets; afterwards `unharmed` says whether an attack has left a trace."""
+    folder.mkdir()
+    (folder / "planted").write_text(SECRET)
+    (folder / "planted_module.py").write_text("")
+    victim = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"], env={"SECRET": SECRET})
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp, \
+            socket.socket(socket.AF_UNIX) as unix:
+        udp.bind(("127.0.0.1", 0))
+        unix.bind(f"{folder}/unix")
+        unix.listen()
+        before = {path.name: path.lstat() for path in folder.iterdir()}
+
+        def unharmed():
+            now = {path.name: path.lstat() for path in folder.iterdir()}
+            same = now.keys() == before.keys() and all(
+                (now[name].st_mtime_ns, now[name].st_mode, now[name].st_size) == (
+                    before[name].st_mtime_ns, before[name].st_mode, before[name].st_size) for name in before)
+            for listener in (tcp, udp, unix):
+                listener.settimeout(0)
+                with contextlib.suppress(BlockingIOError):
+                    listener.recv(1) if listener is udp else listener.accept()
+                    return False
+            with open(f"/proc/{victim.pid}/stat") as file:
+                return same and file.read().rpartition(")")[2].split()[0] in "RS"
+        try:
+            yield dict(folder=str(folder), planted=f"{folder}/planted", victim=victim.pid, tcp=tcp.getsockname()[1],
+                       udp=udp.getsockname()[1]), unharmed
+        finally:
+            victim.kill()
+            victim.wait()
 
 
-def test_no_system_call_through_machine_code_libraries(jail):
+@pytest.mark.parametrize("attack", SYSTEM_ATTACKS.values(), ids=SYSTEM_ATTACKS)
+def test_the_system_refuses(jail, attack, tmp_path):
+    code = "import ctypes, os, resource, signal, socket, time\nlibc = ctypes.CDLL(None)\n" + attack + "\nprint('got')"
+    with world(tmp_path / "bare") as (targets, _):
+        assert bare(code.format(**targets)).stdout.endswith("got\n")
+    with world(tmp_path / "jailed") as (targets, unharmed):
+        outcome = run(jail, code.format(**targets))
+        time.sleep(0.3 if "late" in attack else 0)
+        assert outcome.error and "got" not in outcome.printed
+        assert unharmed()
+
+
+def test_every_process_at_once_cannot_be_killed(jail):
+    # Not shown to work: a bare process would end this test, and whatever else its user runs.
+    assert "PermissionError" in run(jail, "import os\nos.kill(-1, 9)").error
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other set of system calls is of x86-64")
+def test_the_calls_of_32_bits_are_closed_as_well(jail):
+    # By `int 0x80` a program of 64 bits reaches calls that have other numbers. 20 is getpid; in the filter's
+    # numbers it is writev, but 1 is exit, 11 execve. The kernel kills the child: a filter by number alone would not.
     code = """
 import ctypes
-libc = ctypes.CDLL(None, use_errno=True)
-fd = libc.open(b'/etc/passwd', 0)
-pid = libc.fork()
-sent = libc.kill(-1, 9)
-fcntl = libc.fcntl(0, 8, 1)
-filters = libc.prctl(22, 0, 0, 0, 0)
-print(fd, pid, sent, fcntl, filters)
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+page = libc.mmap(None, ctypes.c_size_t(4096), 7, 0x22, -1, 0)
+ctypes.memmove(page, bytes([0xb8, 20, 0, 0, 0, 0xcd, 0x80, 0xc3]), 8)  # mov eax, 20; int 0x80; ret
+ctypes.CFUNCTYPE(ctypes.c_int)(page)()
+print('got')
 """
-    assert run(jail, code).printed == "-1 -1 -1 -1 -1\n"
+    if bare(code).returncode == 0:  # a kernel may be built without these calls; then there is nothing to show
+        assert bare(code).stdout == "got\n"
+    assert "crashed" in run(jail, code).error
 
 
-def test_the_child_holds_nothing_of_the_parent(jail, monkeypatch):
-    monkeypatch.setenv("SECRET_TOKEN", "planted-secret")
+# ---------------------------------------------------------------------------------------------------
+# nothing to find
+
+
+def test_there_are_no_environment_variables(jail, monkeypatch):
+    monkeypatch.setenv("SECRET", SECRET)
+    code = "import os, ctypes\nprint(dict(os.environ), ctypes.c_char_p.in_dll(ctypes.CDLL(None), 'environ').value)"
+    assert SECRET in subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True).stdout
+    assert SECRET not in run(jail, code).printed and run(jail, "import os\nprint(dict(os.environ))").printed == "{}\n"
+
+
+def test_there_are_no_open_files(jail, tmp_path):
+    # Three standard streams, which are /dev/null, and the pipe. A fork of this process would find what it holds.
     code = """
-import os, sys, gc
-descriptors = []
+import os
+open_descriptors = []
 for fd in range(256):
-    try:
-        os.lseek(fd, 0, os.SEEK_CUR)
+    try: os.lseek(fd, 0, os.SEEK_CUR)
     except OSError as error:
-        if error.errno == 9:
-            continue
-    descriptors.append(fd)
-print(dict(os.environ), len(descriptors), [m for m in sys.modules if m in ('tools', 'verify', 'rl', 'torch', 'pytest')])
-print(any('terces-detnalp'[::-1] in o for o in gc.get_objects() if isinstance(o, (list, dict, tuple)) for o in o if isinstance(o, str)))
+        if error.errno == 9: continue  # EBADF; a pipe is open, but cannot be wound
+    open_descriptors.append(fd)
+print(len(open_descriptors))
 """
-    lines = run(jail, code).printed.splitlines()
-    assert lines == ["{} 4 []", "False"]  # three standard streams, which are /dev/null, and the pipe
+    with open(tmp_path / "held", "w") as held:
+        os.set_inheritable(held.fileno(), True)
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, close_fds=False)
+        assert int(process.stdout) >= 4
+        assert run(jail, code).printed == "4\n"
 
 
-def test_the_frames_above_the_code_hold_no_state(jail):
-    code = """
+def test_the_standard_streams_lead_nowhere(jail, capfd):
+    code = "import os\nfor fd in (0, 1, 2):\n    try: os.write(fd, b'planted')\n    except OSError: pass\nprint(os.read(0, 10))"
+    assert "planted" in bare(code).stdout
+    assert run(jail, code).printed == "b''\n"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_there_is_no_code_of_the_project_nor_its_libraries(jail):
+    attack = "import tools\nprint(tools.make_environment('calculator', 3).state)"
+    process = subprocess.run([sys.executable, "-c", attack], capture_output=True, text=True, cwd=os.path.dirname(os.path.dirname(__file__)))
+    assert f"'tea': {TEA}" in process.stdout  # where the code can be imported, the hidden state can be computed
+    assert "No module named 'tools'" in run(jail, attack).error
+    loaded = run(jail, "import sys\nprint([m for m in ('tools', 'verify', 'rl', 'torch', 'tqdm', 'pytest') if m in sys.modules])")
+    assert loaded.printed == "[]\n"
+
+
+FRAMES = """
 import sys
 frame, seen = sys._getframe(), []
 while frame:
-    seen += list(frame.f_globals) + list(frame.f_locals)
+    seen += [*frame.f_globals, *frame.f_locals, *map(repr, frame.f_locals.values())]
     frame = frame.f_back
-print([name for name in seen if name.lower() in ('environment', 'state', 'environments', 'make_environment', 'calculator')])
+names = ('environment', 'state', 'expected', 'make_environment')
+print([text for text in seen if text in names or 'planted' + '-secret' in text])
 """
-    assert run(jail, code).printed == "[]\n"
 
 
-# cheating the verdict
+def test_the_frames_above_the_code_hold_nothing(jail):
+    assert "expected" in bare(f"expected = {SECRET!r}\nexec({FRAMES!r})").stdout  # run in the process of the grader
+    assert run(jail, FRAMES).printed == "[]\n"
 
 
-@pytest.mark.parametrize("evaluation", [
-    "def evaluate(answer): return 1",
-    "def evaluate(answer): return 'True'",
-    "def evaluate(answer): return None",
-    "def evaluate(answer): return [True]",
-    "class Yes:\n    __eq__ = __bool__ = lambda *a: True\ndef evaluate(answer): return Yes()",
-    "class Yes(int):\n    __class__ = bool\ndef evaluate(answer): return Yes(1)",
-    "def evaluate(answer):\n    print(True)\n    print('{\"printed\": \"\", \"error\": null, \"value\": true}')",
-    "import sys\ndef evaluate(answer): sys.exit(0)",
-    "import os\ndef evaluate(answer): os._exit(0)",
-    "def evaluate(answer): raise SystemExit(True)",
-    "import sys\ndef evaluate(answer): sys.stdout.close()\nsys.stdout.close()",
-    "import json\njson.dumps = lambda *a, **k: 'true'\ndef evaluate(answer): return False",
-    "import builtins\nbuiltins.isinstance = lambda *a: True\ndef evaluate(answer): return 5",
-    "evaluate = True",
-    "x = True",
-    "import os\ndef evaluate(answer): os.write(3, b'true\\n'); os.write(4, b'true\\n')",
-    "import os\ndef evaluate(answer): [os.write(fd, b'[' * 10**6 + b'\\n') for fd in range(3, 16)]",
-    "import os\ndef evaluate(answer): [os.write(fd, b'x' * 10**7) for fd in range(3, 16)]",
-    "import os\ndef evaluate(answer): [os.close(fd) for fd in range(3, 16)]",
-    "def evaluate(answer): return answer == 1",
-])
-def test_only_a_returned_true_passes(jail, evaluation):
+def test_the_objects_of_the_process_hold_nothing(jail):
+    hunt = "import gc\nprint([o for o in gc.get_objects() if isinstance(o, dict) and 'hidden' in o])"
+    secret = {"hidden": 'planted' + '-secret'}
+    assert "planted-secret" in bare(f"secret = {{'hidden': [{SECRET!r}]}}\nexec({hunt!r})").stdout
+    assert run(jail, hunt).printed == "[]\n" and secret
+
+
+def test_a_session_sees_nothing_of_another_on_the_same_server(jail):
+    planted = "import builtins, sys, json\nbuiltins.planted = sys.planted = json.planted = 1"
+    look = "import builtins, sys, json\nprint([hasattr(m, 'planted') for m in (builtins, sys, json)])"
+    assert bare(planted + "\n" + look).stdout == "[True, True, True]\n"  # one interpreter for both
+    with jail.session(None) as first, jail.session(None) as second:
+        assert first.run(planted).error is None
+        assert first.run(look).printed == "[True, True, True]\n"
+        assert second.run(look).printed == "[False, False, False]\n"
+    assert run(jail, look).printed == "[False, False, False]\n"
+
+
+# ---------------------------------------------------------------------------------------------------
+# state outside
+
+
+@pytest.mark.parametrize("name, arguments", [("reset", [1]), ("__init__", [1]), ("call", ["x", [], {}]), ("state", []),
+                                             ("tools", []), ("__class__", [])])
+def test_only_tools_can_be_called_whatever_the_child_says(jail, name, arguments):
+    environment = make_environment("calculator", SEED)
+    assert hasattr(environment, name)  # so a parent that looked names up on the object would find it
+    before = dict(environment.state)
+    message = json.dumps({"tool": name, "arguments": arguments, "keywords": {}}) + "\n"
+    code = f"import os\nfor fd in range(3, 16):\n    try: os.write(fd, {message.encode()!r}); reply = os.read(fd, 10**4)\n    except OSError: pass"
+    with jail.session(environment) as session:
+        session.run(code + "\nprint(reply)")
+        assert session.run("print(reply)").printed.startswith(f"b'{{\"refusal\": \"there is no tool \\'{name}")
+    assert environment.state == before
+
+
+class Ledger(Environment):
+    """A state with lists inside, which a tool hands out and takes in."""
+
+    name, answered, summary = "ledger", True, "A ledger."
+
+    def reset(self, seed):
+        self.state = {"entries": [[1]]}
+
+    @tool
+    def entries(self) -> list:
+        """All entries."""
+        return self.state["entries"]
+
+    @tool
+    def put(self, entry: list) -> list:
+        """Add an entry."""
+        self.state["entries"].append(entry)
+        return entry
+
+
+def test_what_a_tool_returned_is_a_copy(jail):
+    code = "mine = entries()\nmine[0].append(2)\nnew = put([5])\nnew.append(6)\nprint(mine, new)"
+    shared = Ledger()
+    exec(code, {"entries": shared.entries, "put": shared.put, "print": lambda *a: None})  # in one process
+    assert shared.state == {"entries": [[1, 2], [5, 6], [5, 6]][:2]} or shared.state["entries"][0] == [1, 2]
+    with jail.session(environment := Ledger()) as session:
+        assert session.run(code).printed == "[[1, 2]] [5, 6]\n"
+    assert environment.state == {"entries": [[1], [5]]}
+
+
+# ---------------------------------------------------------------------------------------------------
+# data on a pipe: cheating the verdict. Each attack passes one of the checks that are in use elsewhere, and
+# in a bare process they do pass it: the exit status of a script that ends in `assert`, a marker on its output,
+# or the truth of what was returned.
+
+BY_STATUS = "assert evaluate(1) is True"
+BY_TRUTH = "assert evaluate(1)"
+BY_EQUALITY = "assert evaluate(1) == True"
+BY_MARKER = "print('verdict', 'PASS' if evaluate(1) is True else 'FAIL')"
+CHEATS = {
+    "one": ("def evaluate(answer): return 1", BY_EQUALITY),
+    "one_point_zero": ("def evaluate(answer): return 1.0", BY_EQUALITY),
+    "text": ("def evaluate(answer): return 'True'", BY_TRUTH),
+    "a_list": ("def evaluate(answer): return [True]", BY_TRUTH),
+    "a_function": ("def evaluate(answer): return evaluate", BY_TRUTH),
+    "a_generator": ("def evaluate(answer): yield False", BY_TRUTH),
+    "a_coroutine": ("async def evaluate(answer): return False", BY_TRUTH),
+    "NotImplemented_or_more": ("def evaluate(answer): return ...", BY_TRUTH),
+    "equal_to_everything": ("class Yes:\n    __eq__ = lambda *a: True\ndef evaluate(answer): return Yes()", BY_EQUALITY),
+    "an_int_that_says_it_is_bool": ("class Yes(int):\n    __class__ = bool\ndef evaluate(answer): return Yes(1)", BY_EQUALITY),
+    "sys_exit": ("import sys\ndef evaluate(answer): sys.exit(0)", BY_STATUS),
+    "SystemExit": ("def evaluate(answer): raise SystemExit", BY_STATUS),
+    "_exit": ("import os\ndef evaluate(answer): os._exit(0)", BY_STATUS),
+    "_exit_when_loaded": ("import os\nos._exit(0)\ndef evaluate(answer): return False", BY_STATUS),
+    "_exit_at_the_end": ("import atexit, os\natexit.register(os._exit, 0)\ndef evaluate(answer): return False", BY_STATUS),
+    "_exit_when_collected": ("import os\nclass Last:\n    def __del__(self, leave=os._exit): leave(0)\nlast = Last()\n"
+                             "def evaluate(answer): return False", BY_STATUS),
+    "_exit_in_the_hook": ("import os, sys\nsys.excepthook = lambda *a: os._exit(0)\ndef evaluate(answer): return False", BY_STATUS),
+    "_exit_in_the_trace": ("import os, sys\nsys.settrace(lambda *a: os._exit(0))\ndef evaluate(answer): return False", BY_STATUS),
+    "printed_success": ("def evaluate(answer): print('verdict PASS')", BY_MARKER),
+    "written_success": ("import os\ndef evaluate(answer): os.write(1, b'verdict PASS')", BY_MARKER),
+    "patched_print": ("import builtins\ntrue_print = print\nbuiltins.print = lambda *a: true_print('verdict PASS')\n"
+                      "def evaluate(answer): return False", BY_MARKER),
+    "patched_AssertionError": ("import builtins\nbuiltins.AssertionError = SystemExit(0).__class__\nclass Zero(SystemExit):\n"
+                               "    code = 0\nbuiltins.AssertionError = Zero\ndef evaluate(answer):\n    import os; os._exit(0)", BY_STATUS),
+    "patched_grader": ("import sys\nsys._getframe(0).f_globals['evaluate'] = lambda answer: True\n"
+                       "class evaluate: __new__ = lambda *a: 1", BY_TRUTH),
+}
+UNFORGEABLE = ("'evaluate' returned", "returned", "ended or crashed", "SystemExit", "does not define", "plain data",
+               "text, finite numbers", "took longer")
+
+
+@pytest.mark.parametrize("evaluation, check", CHEATS.values(), ids=CHEATS)
+def test_only_a_returned_true_passes(jail, evaluation, check):
+    process = bare(f"{evaluation}\n{check}")
+    assert "verdict PASS" in process.stdout if check is BY_MARKER else process.returncode == 0
+    assert verdict(jail, evaluation).passed is False
+
+
+FORGED = b'{"printed": "", "error": null, "value": true}\n'
+FORGERIES = {
+    "no_function": "x = True",
+    "a_name_that_is_True": "evaluate = True",
+    "patched_json": "import json\njson.dumps = lambda *a, **k: 'true'\ndef evaluate(answer): return False",
+    "patched_encoder": "import json\njson.JSONEncoder.encode = lambda *a, **k: 'true'\ndef evaluate(answer): return False",
+    "patched_isinstance": "import builtins\nbuiltins.isinstance = lambda *a: True\ndef evaluate(answer): return 5",
+    "closed_pipe": "import os\ndef evaluate(answer): [os.close(fd) for fd in range(3, 16)]",
+    "a_closed_stdout": "import sys\ndef evaluate(answer): sys.stdout.close()",
+    "nested_brackets": "import os\ndef evaluate(answer): [os.write(fd, b'[' * 10**6 + b'\\n') for fd in range(3, 16)]",
+    "ten_megabytes": "import os\ndef evaluate(answer): [os.write(fd, b'x' * 10**7) for fd in range(3, 16)]",
+}
+
+
+@pytest.mark.parametrize("evaluation", FORGERIES.values(), ids=FORGERIES)
+def test_what_breaks_the_reply_does_not_pass(jail, evaluation):
+    # There is no bare process to show these in: they attack the pipe of the jail itself.
     assert verdict(jail, evaluation).passed is False
 
 
@@ -297,55 +644,53 @@ def test_true_passes_and_false_does_not(jail):
     assert verdict(jail, f"def evaluate(answer): return answer == {TEA}", "0").passed is False
 
 
-def test_an_executor_leaves_nothing_behind_that_reaches_the_evaluation(jail):
-    environment = make_environment("calculator", SEED)
-    task = CodeAsTask("calculator", SEED, "x", "def evaluate(answer): return answer == amount('tea')", "x = 1", ["x = 1"] * 3)
-    attack = """
+ATTACK_ON_EVALUATE = """
 import builtins, sys, json
 class Same(int):
     __eq__ = lambda *a: True
     __hash__ = int.__hash__
 result = Same(-1)
 amount = lambda item: -1
-builtins.print = builtins.bool = builtins.isinstance = lambda *a: True
+builtins.amount = amount
+sys.modules['json'].dumps = lambda *a, **k: 'true'
+builtins.bool = builtins.isinstance = lambda *a: True
 """
-    with jail.session(environment) as session:
-        session.run(attack)
-        assert evaluate(jail, task, environment, session.value("result")).passed is False
 
 
-def test_replicas_differ_in_their_seeds_and_each_repeats_itself(jail):
-    def draw(replica):
-        with jail.session(None, replica) as session:
-            return session.run("import random\nprint(hash('tea'), random.random())").printed
-    assert draw(0) == draw(0) != draw(1) == draw(1)
-
-
-# malformed messages to the parent
-
-
-@pytest.mark.parametrize("message", [
-    "null", "1", "{}", '{"tool": 1, "arguments": [], "keywords": {}}', '{"tool": "amount", "arguments": {}, "keywords": []}',
-    '{"printed": 1, "error": null, "value": null}', '{"printed": "", "error": null}', "NaN", '{"value": 1e999}', "no json",
-    '"\\ud800"', "9" * 5_000, "[" * 50_000,
-])
-def test_a_malformed_message_ends_the_child(jail, message):
-    code = f"import os\nos.write(3, {message.encode()!r} + b'\\n')\nwhile True: pass"
-    assert "not its own" in run(jail, code).error
-
-
-@pytest.mark.parametrize("name, arguments", [("reset", [1]), ("__init__", [1]), ("call", ["x", [], {}]), ("state", [])])
-def test_only_tools_can_be_called_whatever_the_child_says(jail, name, arguments):
-    code = f"import os, json\nos.write(3, json.dumps(dict(tool={name!r}, arguments={arguments!r}, keywords={{}})).encode() + b'\\n')"
+def test_an_executor_leaves_nothing_behind_that_reaches_the_evaluation(jail):
+    evaluation = "def evaluate(answer): return answer == amount('tea')"
+    one_process = f"{ATTACK_ON_EVALUATE}\n{evaluation}\nassert evaluate(result)"
+    assert bare(one_process).returncode == 0
     environment = make_environment("calculator", SEED)
-    before = dict(environment.state)
     with jail.session(environment) as session:
-        session.run(code)
-    assert environment.state == before
+        session.run(ATTACK_ON_EVALUATE)
+        assert evaluate(jail, task_with(evaluation), environment, session.value("result")).passed is False
+
+
+def test_an_executor_cannot_write_a_verdict(jail):
+    # It can write to its own pipe, as if it were the reply to its action: that makes it an observation, no verdict.
+    environment = make_environment("calculator", SEED)
+    with jail.session(environment) as session:
+        session.run(f"import os\nfor fd in range(3, 16):\n    try: os.write(fd, {FORGED!r})\n    except OSError: pass")
+        answer = session.value("result")  # and its answer may be whatever it likes
+    assert evaluate(jail, task_with("def evaluate(answer): return answer == 5"), environment, answer).passed is False
+
+
+MALFORMED = ["null", "1", "{}", '{"tool": 1, "arguments": [], "keywords": {}}', '{"tool": "amount", "arguments": {}, "keywords": []}',
+             '{"printed": 1, "error": null, "value": null}', '{"printed": "", "error": null}', "NaN",
+             '{"printed": "", "error": null, "value": 1e999}', "no json", '"\\ud800"', "9" * 5_000, "[" * 50_000]
+
+
+@pytest.mark.parametrize("message", MALFORMED, ids=lambda message: message[:20])
+def test_a_malformed_message_ends_the_child(jail, message):
+    # That it would do harm cannot be shown: there is no parser here that believes it.
+    code = f"import os\nfor fd in range(3, 16):\n    try: os.write(fd, {message.encode()!r} + b'\\n')\n    except OSError: pass\nwhile True: pass"
+    assert "not its own" in run(jail, code).error
 
 
 @pytest.mark.parametrize("depth", range(44, 56))
 def test_data_at_the_limit_of_nesting_never_harms_the_parent(jail, depth):
+    # Deep enough data ends a walk through it by RecursionError, as `plain` would without its limit.
     code = f"result = 1\nfor i in range({depth}): result = [result]"
     environment = make_environment("calculator", SEED)
     with jail.session(environment) as session:
@@ -357,11 +702,74 @@ def test_data_at_the_limit_of_nesting_never_harms_the_parent(jail, depth):
     assert judge(jail, task).stage in ("runs", "solution")
 
 
-@pytest.mark.parametrize("code", ["amount('x' * 900_000)", "amount('\\uffff' * 100_000)", "amount(**{'x' * 900_000: 1})"])
+@pytest.mark.parametrize("code", ["amount('x' * 900_000)", "amount('\\uffff' * 100_000)", "amount(**{'x' * 900_000: 1})"],
+                         ids=["long", "wide", "keyword"])
 def test_a_refusal_that_quotes_a_long_argument_never_harms_the_parent(jail, code):
+    # The refusal would be longer than a message may be: written in JSON, a character takes up to six bytes.
     assert "ToolError" in run(jail, code).error
 
 
+# ---------------------------------------------------------------------------------------------------
+# two servers, two seeds, fresh children: evaluations that are no function of state and answer
+
+
+def says(jail, evaluation, replica=0, times=1):
+    """What an evaluation says, asked `times` in one process: without the fresh child that each verdict has."""
+    with jail.session(make_environment("calculator", SEED), replica) as session:
+        assert session.run(evaluation).error is None
+        return [session.call("evaluate", 1).value for _ in range(times)]
+
+
+def test_an_evaluation_that_depends_on_the_hash_seed_is_rejected(jail):
+    for salt in range(100):  # one on which the servers disagree, and of which the first says True
+        evaluation = f"def evaluate(answer): return answer == 1 and hash('{salt}') % 2 == 0"
+        if says(jail, evaluation, 0) == [True] and says(jail, evaluation, 1) == [False]:
+            break
+    assert says(jail, evaluation) == says(jail, evaluation) == [True]  # on one server it looks like a function
+    judgement = judge(jail, task_with(evaluation))
+    assert judgement.stage == "runs" and "both True and False" in judgement.reason
+
+
+def test_an_evaluation_that_draws_lots_is_rejected(jail):
+    for salt in range(100):
+        evaluation = f"import random\ndef evaluate(answer): return answer == 1 and random.Random(random.random() + {salt}).random() < 0.5"
+        if says(jail, evaluation, 0) == [True] and says(jail, evaluation, 1) == [False]:
+            break
+    assert says(jail, evaluation) == says(jail, evaluation) == [True]
+    assert "both True and False" in judge(jail, task_with(evaluation)).reason
+
+
+def test_an_evaluation_that_counts_its_calls_begins_anew_each_time(jail):
+    evaluation = "calls = 0\ndef evaluate(answer):\n    global calls\n    calls += 1\n    return calls == 1"
+    assert says(jail, evaluation, times=3) == [True, False, False]  # in one process it passes the solution, fails the rest
+    assert judge(jail, task_with(evaluation)).stage == "failures"  # in fresh ones it says True to the failures as well
+
+
+def test_an_evaluation_that_does_the_work_itself_is_rejected(jail):
+    environment = make_environment("shop", SEED)
+    order = next(order for order in environment.state["orders"].values() if order["status"] == "pending")["order_id"]
+    evaluation = f"def evaluate():\n    change_city('{order}', 'Oslo')\n    return get_order('{order}')['city'] == 'Oslo'"
+    task = task_with(evaluation, env="shop")
+    with jail.session(environment) as session:  # without the comparison of the states it passes
+        assert session.run(task.evaluate).error is None
+        assert session.call("evaluate").value is True
+    assert "changed the state" in judge(jail, task).reason
+
+
+def test_an_evaluation_that_depends_on_its_process_is_rejected(jail):
+    # By chance all of ten pids can be as it likes them, so it asks for more than one bit: that fails the solution.
+    evaluation = "import os\ndef evaluate(answer): return os.getpid() % 1000 == 1"
+    assert judge(jail, task_with(evaluation)).ok is False
+
+
+def test_replicas_differ_in_their_seeds_and_each_repeats_itself(jail):
+    def draw(replica):
+        with jail.session(None, replica) as session:
+            return session.run("import random\nprint(hash('tea'), random.random())").printed
+    assert draw(0) == draw(0) != draw(1) == draw(1)
+
+
+# ---------------------------------------------------------------------------------------------------
 # the servers
 
 
@@ -387,7 +795,14 @@ def test_sessions_of_a_dead_server_end_in_a_sentence(jail):
     assert "lost" in outcomes[0].error and outcomes[1].printed == "1\n"
 
 
-def test_verdicts_cannot_be_forged_in_a_weak_jail(jail):
+def test_a_system_without_processes_to_give_is_a_sentence(jail, monkeypatch):
+    # The server's own limit on processes stands in for a full machine; the superuser has no such limit.
+    monkeypatch.setattr(ForkServer, "child", lambda self: (_ for _ in ()).throw(ConnectionError("ended")))
+    with pytest.raises(JailError, match="out of memory or processes"):
+        run(jail, "x = 1")
+
+
+def test_verdicts_cannot_be_forged_in_a_weak_jail():
     with Jail(seconds=1.0) as weak:
         weak.strong = False
         for replica in (0, 1):
@@ -399,46 +814,65 @@ def test_verdicts_cannot_be_forged_in_a_weak_jail(jail):
 
 
 def test_a_closed_jail_says_so():
-    jail = Jail(servers=1)
-    jail.close()
+    closed = Jail(servers=1)
+    closed.close()
     with pytest.raises(JailError, match="closed"):
-        run(jail, "x = 1")
+        run(closed, "x = 1")
 
 
-def test_the_server_ends_when_the_parent_lets_go_of_its_socket():
+def test_the_server_ends_its_children_and_itself_when_the_parent_lets_go():
     server = ForkServer(seed=1, strong=True)
-    mine, theirs = socket.socketpair()
-    with mine, theirs:
-        server.request(0, [theirs.fileno()])
-        server.control.close()
-        assert server.process.wait(timeout=10) == 0
+    pid, channel = server.child()
+    server.control.close()
+    assert server.process.wait(timeout=10) == 0
+    assert not os.path.exists(f"/proc/{pid}")
+    channel.close()
 
 
-def test_soak_leaves_no_process_and_no_descriptor():
-    before, descriptors = descendants(), len(os.listdir("/proc/self/fd"))
-    codes = ["print(amount('tea'))", "1 / 0", "import os; os._exit(0)", "amount('gold')", "import os; os.close(3)",
-             "x = 'a' * 10**10", "import sys; sys.exit()", "print('x' * 10**5)"]
-    with Jail() as jail:
-        open_sessions = [jail.session(make_environment("calculator", SEED), replica) for replica in range(40)]
-        assert [session.run("x = amount('tea')\nprint(x)").printed for session in open_sessions] == [f"{TEA}\n"] * 40
+def test_a_server_that_is_killed_takes_its_children_along():
+    server = ForkServer(seed=1, strong=True)
+    pid, channel = server.child()
+    channel.sendall(b'{"code": "while True: pass"}\n')
+    server.process.kill()
+    server.stop()
+    channel.settimeout(10)
+    assert channel.recv(1) == b""  # its other end is gone
+    channel.close()
 
-        def check(number):
-            with jail.session(make_environment("calculator", SEED), number) as session:
-                return session.run(codes[number % len(codes)]).printed
 
-        with ThreadPoolExecutor(4) as pool:
-            printed = list(pool.map(check, range(400)))
-        assert printed[:2] == [f"{TEA}\n", ""] and printed[:8] * 50 == printed
-        assert len(descendants() - before) == 2 + 40
-        for session in open_sessions[:20]:
-            session.close()
-        assert len(descendants() - before) == 2 + 20
-    for _ in range(100):  # what a server leaves to the kernel is gone an instant later
-        if descendants() <= before:
-            break
-        time.sleep(0.05)
-    assert descendants() <= before
-    assert len(os.listdir("/proc/self/fd")) == descriptors + 20  # the sessions that were not closed
-    for session in open_sessions:
-        session.close()
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+def test_an_interrupt_while_a_child_is_asked_for_does_no_harm(jail, monkeypatch):
+    monkeypatch.setattr(socket, "recv_fds", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(jail, "x = 1")
+    monkeypatch.undo()
+    assert run(jail, "print(1)").printed == "1\n"
+
+
+# ---------------------------------------------------------------------------------------------------
+# the soak
+
+MIXED = [
+    ("print(amount('tea'))", f"{TEA}\n"), ("1 / 0", ""), ("import os; os._exit(0)", ""), ("amount('gold')", ""),
+    ("import os\nfor fd in range(3, 16):\n    try: os.close(fd)\n    except OSError: pass", ""), ("x = 'a' * 10**10", ""),
+    ("import sys; sys.exit()", ""), ("print('x' * 10**5)", "x" * 20_000), ("import os; os.fork()", ""),
+    ("open('/etc/passwd')", ""), ("import socket; socket.socket()", ""), ("import ctypes; ctypes.string_at(0)", ""),
+    ("import os\nfor fd in range(3, 16):\n    try: os.write(fd, b'null\\n')\n    except OSError: pass", ""),
+    ("import os; os.kill(os.getpid(), 9)", ""), ("x = = 1", ""), ("print(add(1, 2))", "3\n"),
+]
+
+
+def test_ten_thousand_mixed_checks_leave_no_process_no_file_and_no_descriptor(jail):
+    folders = {folder: set(os.listdir(folder)) for folder in ("/tmp", "/dev/shm", os.getcwd())}
+
+    def check(number):
+        code, printed = MIXED[number % len(MIXED)]
+        if number % 1_000 == 500:
+            code, printed = "while True: pass", ""
+        with jail.session(make_environment("calculator", SEED), number) as session:
+            return session.run(code).printed == printed
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(check, range(10_000)))
+    assert settled(jail)
+    for folder, before in folders.items():
+        assert set(os.listdir(folder)) <= before, folder
