@@ -296,11 +296,11 @@ def play(
 
     A pass of the network feeds every row the tokens that are not in its cache yet: the prompt at first, then
     the token just sampled, or an observation. They are padded on the left, so every row samples from the last
-    column; what is padding in a row stays masked. A row whose turn has ended waits until half of the rows
-    wait. Then their code runs in the jail, side by side, and they go on together: no row waits for the slowest.
+    column; what is padding in a row stays masked. When a turn of a row has ended, its code runs in the jail
+    while the network goes on with the others; when half of the rows wait, they all go on: no row waits for the slowest.
     """
     rows = list(range(len(episodes)))  # the episode of each row of the batch
-    fed, started, waiting = [0] * len(rows), [len(t.tokens) for t in trajectories], set()
+    fed, started, waiting = [0] * len(rows), [len(t.tokens) for t in trajectories], {}
     cache, mask = empty_cache(policy.model.config), torch.zeros(len(rows), 0, dtype=torch.long, device=policy.device)
     with ThreadPoolExecutor(2) as workers:
         while rows:
@@ -319,12 +319,10 @@ def play(
                     fed[i] = len(trajectories[i].tokens)
                     trajectories[i].extend([token], True, [logprob])
                     if token in policy.stop_ids or len(trajectories[i].tokens) == started[i] + turn_tokens:
-                        waiting.add(i)
+                        waiting[i] = workers.submit(take_step, policy, episodes[i], trajectories[i], started[i], context)
             if 2 * len(waiting) >= len(rows):
-                turns = sorted(waiting)
-                over = list(workers.map(lambda i: take_step(policy, episodes[i], trajectories[i], started[i], context), turns))
-                ended = {i for i, last in zip(turns, over) if last}
-                for i in turns:
+                ended = {i for i, step in waiting.items() if step.result()}
+                for i in waiting:
                     started[i] = len(trajectories[i].tokens)
                 waiting.clear()
                 if ended:
@@ -613,6 +611,7 @@ def main() -> int:
         policy = load_policy(options.model, rank=options.rank, seed=options.seed)
         optimizer = make_optimizer(policy, options.learning_rate)
         with Jail(allow_weak=options.allow_weak_jail) as jail:
+            print(jail.describe())
             for metrics, episodes in train(policy, optimizer, jail, tasks, options):
                 append_lines(options.out / "metrics.jsonl", [metrics])
                 append_lines(options.out / "trajectories.jsonl", episodes)

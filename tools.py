@@ -10,6 +10,7 @@ is checked by the final answer, like Calculation, and `shop` by the state that i
 
 Read next: verify.py, which runs code against an environment and judges tasks.
 """
+import functools
 import inspect
 import random
 from types import UnionType
@@ -60,7 +61,7 @@ class Environment:
         """Return the tools' signatures and docstrings as the text that a model reads."""
         entries = []
         for name, function in cls.tools().items():
-            signature = inspect.signature(function)
+            signature = signature_of(function)
             signature = signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
             entries.append(f"{name}{signature}\n    {inspect.getdoc(function)}")
         return "\n".join(entries)
@@ -74,7 +75,7 @@ class Environment:
         function = self.tools().get(name) if isinstance(name, str) else None
         if function is None:
             raise ToolError(f"there is no tool {name!r:.100}")
-        signature = inspect.signature(function)
+        signature = signature_of(function)
         try:
             bound = signature.bind(self, *arguments, **keywords)
         except TypeError as error:
@@ -82,6 +83,9 @@ class Environment:
         for parameter, value in list(bound.arguments.items())[1:]:
             check_type(f"{name}: {parameter}", value, signature.parameters[parameter].annotation)
         return function(*bound.args, **bound.kwargs)
+
+
+signature_of = functools.cache(inspect.signature)  # which takes longer than most tools
 
 
 def check_type(what: str, value: Any, expected: type | UnionType) -> None:

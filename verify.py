@@ -19,7 +19,6 @@ Read next: rl.py, in which a policy plays against these tasks.
 """
 import argparse
 import contextlib
-import copy
 import ctypes
 import gc
 import io
@@ -27,6 +26,7 @@ import itertools
 import json
 import linecache
 import os
+import pickle
 import random
 import re
 import signal
@@ -39,6 +39,7 @@ import threading
 import time
 import traceback
 import types
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Callable, Iterable, Iterator
@@ -275,21 +276,21 @@ def serve(descriptor: int, seed: int, strong: bool) -> None:
     os.environ.clear()
     rehearse()
     gc.freeze()  # or a collection in a child would touch, and so copy, the server's memory
-    spare, channel = 0, None
+    spare, channel = fork_child(control, seed, confine)
     while len(request := control.recv(8)) == 8:
         (pid,) = struct.unpack("q", request)
         if pid in children:
             end(pid)
             children.remove(pid)
-            continue
-        if spare <= 0:
+        elif pid == 0:
+            if channel is None:  # the system gave no process the last time
+                spare, channel = fork_child(control, seed, confine)
+            socket.send_fds(control, [struct.pack("q", spare)], [channel.fileno()] if channel else [])
+            if channel:
+                channel.close()
+                children.add(spare)
             spare, channel = fork_child(control, seed, confine)
-        socket.send_fds(control, [struct.pack("q", spare)], [channel.fileno()] if channel else [])
-        if channel:
-            channel.close()
-            children.add(spare)
-        spare, channel = fork_child(control, seed, confine)
-    for pid in children | {spare} - {0}:
+    for pid in children | ({spare} if channel else set()):
         end(pid)
 
 
@@ -531,17 +532,17 @@ class Jail(contextlib.AbstractContextManager):
     def __init__(self, servers: int = 2, seconds: float = 2.0, allow_weak: bool = False):
         if not hasattr(os, "fork"):
             raise JailError("the jail needs a system with fork: on Windows, run this project inside WSL")
-        self.seconds, self.lock, self.strong, self.closed = seconds, threading.Lock(), True, False
+        self.seconds, self.lock, self.closed = seconds, threading.Lock(), False
+        self.strong = sys.platform == "linux" and os.uname().machine in MACHINES
         self.servers = [ForkServer(seed, self.strong) for seed in range(1, servers + 1)]
-        if all(self.probe().values()):
-            return
-        if not allow_weak:
-            self.close()
-            raise JailError("this system does not filter system calls, so model-written code could read your files and "
-                            "use your network; the flag --allow-weak-jail runs it all the same")
-        self.strong = False
-        for replica, server in enumerate(self.servers):
-            self.replace(replica, server)
+        if not all(self.probe().values()):
+            self.strong = False
+            if not allow_weak:
+                self.close()
+                raise JailError("this system does not filter system calls, so model-written code could read your files "
+                                "and use your network; the flag --allow-weak-jail runs it all the same")
+            for replica, server in enumerate(self.servers):
+                self.replace(replica, server)
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
@@ -600,7 +601,7 @@ refused = dict.fromkeys(attempts, False)
 for name, attempt in attempts.items():
     try:
         attempt()
-    except PermissionError:
+    except OSError:
         refused[name] = True
 """
 
@@ -739,7 +740,7 @@ def as_answer(value: Any) -> Any:
 
 def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
     """Return the verdict of a task on an environment's state and a final answer; the state stays as it is."""
-    before = copy.deepcopy(environment.state)
+    before = pickle.loads(pickle.dumps(environment.state))  # a copy, faster than deepcopy
     with jail.session(environment, replica) as session:
         outcome = session.run(task.evaluate)
         if outcome.error is None:
@@ -791,10 +792,16 @@ def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
     return Judgement(True, "ok", "", time.monotonic() - start)
 
 
-def judge_many(jail: Jail, tasks: Iterable[CodeAsTask | str], workers: int = 2) -> Iterator[Judgement]:
-    """Yield the judgement of each task in the order of the tasks, several of which are judged at a time."""
+def judge_many(jail: Jail, tasks: Iterable[CodeAsTask | str], workers: int = 4) -> Iterator[Judgement]:
+    """Yield the judgement of each task in the order of the tasks, which are read a few ahead and judged side by side."""
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(lambda task: judge(jail, task), tasks)
+        ahead = deque()
+        for task in tasks:
+            ahead.append(pool.submit(judge, jail, task))
+            while ahead and (ahead[0].done() or len(ahead) == 4 * workers):
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 # ---------------------------------------------------------------------------------------------------

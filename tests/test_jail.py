@@ -802,15 +802,20 @@ def test_a_system_without_processes_to_give_is_a_sentence(jail, monkeypatch):
         run(jail, "x = 1")
 
 
-def test_verdicts_cannot_be_forged_in_a_weak_jail():
-    with Jail(seconds=1.0) as weak:
-        weak.strong = False
-        for replica in (0, 1):
-            weak.replace(replica, weak.servers[replica])
-        assert weak.describe().startswith("jail: WEAK") and "POSSIBLE" in weak.describe()
+def test_where_calls_cannot_be_filtered_a_flag_is_needed(monkeypatch):
+    monkeypatch.setattr("verify.MACHINES", {})  # a processor whose system calls have numbers that are not known here
+    with pytest.raises(JailError, match="--allow-weak-jail"):
+        Jail()
+
+
+def test_verdicts_cannot_be_forged_in_a_weak_jail(monkeypatch):
+    monkeypatch.setattr("verify.MACHINES", {})
+    with Jail(seconds=1.0, allow_weak=True) as weak:
+        assert weak.describe().startswith("jail: WEAK: reading a file is POSSIBLE, connecting to a port is POSSIBLE")
         for evaluation in ("def evaluate(): return 1", "import os\ndef evaluate(): os._exit(0)", "x = True"):
             assert verdict(weak, evaluation).passed is False
         assert verdict(weak, "def evaluate(): return True").passed is True
+        assert "took longer" in run(weak, "while True: pass").error
 
 
 def test_a_closed_jail_says_so():

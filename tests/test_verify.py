@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -311,6 +312,31 @@ def test_many_tasks_are_judged_in_their_order(jail):
     tasks = [SHOP, "no task", REJECTED["solution raises"][0], CALCULATOR, REJECTED["everything passes"][0]] * 4
     stages = [judgement.stage for judgement in judge_many(jail, tasks, workers=3)]
     assert stages == ["ok", "parse", "runs", "ok", "failures"] * 4
+
+
+def test_tasks_are_read_only_a_few_ahead(jail):
+    read = 0
+
+    def endless():
+        nonlocal read
+        while True:
+            read += 1
+            yield CALCULATOR
+
+    judgements = judge_many(jail, endless(), workers=2)
+    assert [next(judgements).ok for _ in range(5)] == [True] * 5
+    assert read <= 5 + 8
+    judgements.close()
+
+
+def test_a_judgement_does_not_wait_for_tasks_that_are_still_to_come(jail):
+    def slow():
+        yield "no task"
+        time.sleep(0.2)  # in which that is judged
+        yield CALCULATOR
+        raise AssertionError("the first judgement should have been handed out before this is asked for")
+
+    assert next(judge_many(jail, slow())).stage == "parse"
 
 
 # the command line

@@ -1,0 +1,74 @@
+"""How much longer a default run takes because of the jail.
+
+    python tests/bench_loop.py [options of selfchallenge.py]
+
+The run is played twice. The second time nothing is jailed: what each step of each episode brought is repeated
+from the first time. Both times the model writes the same tokens, which is checked, so the difference of the two
+times is what the jail adds: waiting for it, and sharing the processor with it.
+"""
+import itertools
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import eval  # noqa: E402
+import rl  # noqa: E402
+import selfchallenge  # noqa: E402
+
+CARRIED = ("steps", "reward", "status", "submissions")  # what a step changes in its episode and others read
+
+
+def played(arguments: list[str], memory: dict, repeat: bool) -> dict:
+    """Play a run, and write the outcome of each step into the memory, or repeat it from there; return its summary."""
+    numbers = itertools.count()
+    make, step, with_baselines = rl.Episode.__init__, rl.Episode.step, eval.with_baselines
+
+    def numbered(episode, *rest) -> None:
+        make(episode, *rest)
+        episode.number = next(numbers)
+
+    def remembered(episode, text: str) -> str | None:
+        key = (episode.number, episode.steps)
+        if not repeat:
+            reply = step(episode, text)
+            memory[key] = text, reply, {name: value for name, value in vars(episode).items() if name in CARRIED}
+        written, reply, changes = memory[key]
+        assert written == text, "the two runs differ"
+        vars(episode).update(changes)
+        return reply
+
+    def baselines(results: dict, jail, tasks: list) -> dict:
+        if not repeat:
+            memory["baselines", tasks[0].env] = with_baselines({}, jail, tasks)
+        return results | memory["baselines", tasks[0].env]
+
+    rl.Episode.__init__, rl.Episode.step, eval.with_baselines = numbered, remembered, baselines
+    folder = Path(tempfile.mkdtemp())
+    try:
+        options = selfchallenge.parse_options(arguments)
+        settings = {key: value for key, value in vars(options).items() if key not in ("resume", "name")}
+        return selfchallenge.play_run(selfchallenge.new_run(folder / "run", settings), options)
+    finally:
+        rl.Episode.__init__, rl.Episode.step, eval.with_baselines = make, step, with_baselines
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    """Play both runs, and print the seconds of each phase."""
+    memory, summaries, totals = {}, [], []
+    for repeat in (False, True):
+        start = time.monotonic()
+        summaries.append(played(sys.argv[1:], memory, repeat))
+        totals.append(time.monotonic() - start)
+    print(f"{'seconds':12} {'with the jail':>14} {'without':>8} {'added':>7}")
+    rows = [(phase, *(summary["wall_s"][phase] for summary in summaries)) for phase in summaries[0]["wall_s"]]
+    for name, jailed, free in [*rows, ("in all", *totals)]:
+        print(f"{name:12} {jailed:14.1f} {free:8.1f} {jailed / free - 1:7.0%}")
+
+
+if __name__ == "__main__":
+    main()
