@@ -28,9 +28,9 @@ from statistics import fmean, stdev
 import torch
 from tqdm import tqdm
 
-from rl import Executor, Policy, add_rollout_options, guarded, load_policy, record, rollout, rollout_limits, seeded
+from rl import Executor, Policy, add_rollout_options, load_policy, record, rollout, rollout_limits, seeded
 from tools import make_environment
-from verify import CodeAsTask, Jail, evaluate
+from verify import CodeAsTask, Jail, evaluate, guarded
 
 HERE = Path(__file__).resolve().parent
 SUITES = ("calculator", "shop")

@@ -25,7 +25,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Iterator
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -39,7 +39,7 @@ from transformers.cache_utils import DynamicLayer  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from tools import make_environment  # noqa: E402
-from verify import CodeAsTask, FormatError, Jail, JailError, as_answer, evaluate, observation, parse_step  # noqa: E402
+from verify import CodeAsTask, FormatError, Jail, as_answer, evaluate, guarded, observation, parse_step  # noqa: E402
 
 transformers_logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
@@ -49,7 +49,7 @@ MAX_STEPS = 15  # the paper's limit for the executor (section 4)
 # ---------------------------------------------------------------------------------------------------
 # the policy
 
-class PolicyError(Exception):
+class PolicyError(ValueError):
     """A model that cannot be used; the message is one sentence that says what to do."""
 
 
@@ -577,22 +577,6 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
     add("--turn-tokens", type=int, default=176, help="a turn is cut after so many tokens")
     add("--context", type=int, default=512, help="an episode ends at so many tokens")
     add("--allow-weak-jail", action="store_true", help="run the model's code even where the jail cannot close files and network")
-
-
-def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int:
-    """Do the work of a command; return its exit status. What a user can cause gets one sentence, with a hint."""
-    try:
-        work()
-    except (PolicyError, JailError, ValueError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{name}: {error.strerror or error}: {error.filename or 'a file of the run'}; {hint()}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; {hint()}", file=sys.stderr)
-        return 130
-    return 0
 
 
 def main() -> int:

@@ -40,7 +40,6 @@ from rl import (
     Policy,
     add_training_options,
     append_lines,
-    guarded,
     load_policy,
     make_optimizer,
     record,
@@ -50,7 +49,7 @@ from rl import (
     train,
 )
 from tools import ENVIRONMENTS, make_environment
-from verify import CodeAsTask, Jail, Judgement, TaskError, judge, parse_task
+from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task
 
 LIBRARIES = ["torch", "transformers", "bitsandbytes", "peft"]
 REJECTED_AT = ["parse", "runs", "solution", "failures", "held-out", "duplicate"]

@@ -514,6 +514,8 @@ class ForkServer:
 
     def stop(self) -> None:
         """End the children and the server; it may have been stopped before."""
+        with contextlib.suppress(OSError):
+            self.control.shutdown(socket.SHUT_RDWR)  # which wakes a thread that waits for a reply; closing does not
         self.control.close()
         try:
             self.process.wait(timeout=2)
@@ -817,27 +819,44 @@ def read_lines(path: str) -> Iterator[str]:
             yield line.decode(errors="surrogateescape")
 
 
+def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int:
+    """Do the work of a command; return its exit status. What a user can cause gets one sentence, with a hint."""
+    status = 0
+    try:
+        work()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        status = 1
+    except OSError as error:
+        print(f"{name}: {error.strerror or error}: {error.filename or 'what it writes'}; {hint()}", file=sys.stderr)
+        status = 2
+    except (JailError, ValueError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; {hint()}", file=sys.stderr)
+        status = 130
+    try:
+        sys.stdout.flush()
+    except OSError:  # or Python would try once more at its exit, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
+
+
 def main() -> int:
-    """The command line; returns the exit status."""
+    """Judge the tasks of a file; return the exit status."""
     parser = argparse.ArgumentParser(description="Judge the tasks in a file: one JSON verdict a line, in the file's order.")
     parser.add_argument("file", help="a file with a task on each line, such as runs/<name>/tasks.jsonl")
     parser.add_argument("--allow-weak-jail", action="store_true", help="run the code even where it cannot be confined")
-    arguments = parser.parse_args()
-    try:
-        with open(arguments.file, "rb"), Jail(allow_weak=arguments.allow_weak_jail) as jail:
+    options = parser.parse_args()
+
+    def work() -> None:
+        with open(options.file, "rb"), Jail(allow_weak=options.allow_weak_jail) as jail:
             print(jail.describe(), file=sys.stderr)
-            for judgement in tqdm(judge_many(jail, read_lines(arguments.file)), unit=" tasks", disable=None):
+            for judgement in tqdm(judge_many(jail, read_lines(options.file)), unit=" tasks", disable=None):
                 print(json.dumps(asdict(judgement)), flush=True)
-    except KeyboardInterrupt:
-        print("interrupted: the verdicts up to here are complete", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (OSError, JailError) as error:
-        print(f"verify.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return guarded("verify.py", work, lambda: "the verdicts up to here are complete")
 
 
 if __name__ == "__main__":

@@ -400,8 +400,9 @@ def test_an_empty_file_has_no_verdicts(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_is_one_sentence(tmp_path):
     (tmp_path / "tasks.jsonl").write_text(SHOP.to_json())
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as it is at most users
     with open("/dev/full", "wb") as full:
-        result = subprocess.run([sys.executable, VERIFY, "tasks.jsonl"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE)
+        result = subprocess.run([sys.executable, VERIFY, "tasks.jsonl"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, env=environment)
     assert result.returncode == 2 and b"No space left" in result.stderr and b"Traceback" not in result.stderr
 
 
