@@ -100,9 +100,8 @@ def play_reference(jail: Jail, task: CodeAsTask) -> bool:
     """Whether the task's own solution, run as an executor's code would be, passes. In a sound suite all do."""
     environment = make_environment(task.env, task.seed)
     with jail.session(environment) as session:
-        outcome = session.run(task.solution)
-        answer = session.value("result")
-    return outcome.error is None and evaluate(jail, task, environment, answer).passed
+        outcome = session.run(task.solution, "result")
+    return outcome.error is None and evaluate(jail, task, environment, outcome.value).passed
 
 
 BASELINES = {"nothing": play_nothing, "reference": play_reference}

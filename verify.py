@@ -20,6 +20,7 @@ Read next: rl.py, in which a policy plays against these tasks.
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import io
 import itertools
@@ -240,15 +241,17 @@ def make_confine(strong: bool) -> Callable[[], None]:
     What can be prepared is prepared here, because each page of memory that a child touches costs a copy.
     """
     import resource  # here, because this file must get as far as saying that Windows cannot have the jail
-    linux = sys.platform == "linux"
     limits = {resource.RLIMIT_NOFILE: 16, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}
-    if linux:  # elsewhere this limit is missing, or below what Python itself occupies
-        limits[resource.RLIMIT_AS] = MEMORY_BYTES
+    linux, server = sys.platform == "linux", os.getpid()
+    if linux:
+        limits[resource.RLIMIT_AS] = MEMORY_BYTES  # elsewhere missing, or less than Python itself occupies
+        prctl = ctypes.CDLL(None).prctl
+        prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, without which no filter is accepted
     for limit, most in limits.items():
         resource.setrlimit(limit, (most, most))
-    program = ctypes.create_string_buffer(seccomp_program()) if strong else b""
-    prctl = ctypes.CDLL(None).prctl if linux else None
-    server = os.getpid()
+    if strong:
+        program = ctypes.create_string_buffer(seccomp_program())
+        program_and_pointer = program, struct.pack("HP", len(program) // 8, ctypes.addressof(program))
 
     def confine() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_SECONDS, PROCESSOR_SECONDS))
@@ -257,9 +260,8 @@ def make_confine(strong: bool) -> Callable[[], None]:
             if os.getppid() != server:
                 os._exit(1)                    # ... which may have ended already
         if not strong:
-            return resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no processes, unless for root
-        pointer = struct.pack("HP", len(program) // 8, ctypes.addressof(program))
-        if prctl(38, 1, 0, 0, 0) or prctl(22, 2, pointer, 0, 0):  # PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no processes, unless for root
+        elif prctl(22, 2, program_and_pointer[1], 0, 0):       # PR_SET_SECCOMP
             os._exit(1)  # without the filter nothing untrusted may run
     return confine
 
@@ -275,8 +277,10 @@ def serve(descriptor: int, seed: int, strong: bool) -> None:
     sys.path.clear()
     os.environ.clear()
     rehearse()
+    sys.modules["__main__"] = types.ModuleType("__main__")  # where model-written code believes to be
+    sys.modules["__main__"].ToolError = Refusal
     gc.freeze()  # or a collection in a child would touch, and so copy, the server's memory
-    spare, channel = fork_child(control, seed, confine)
+    spare, channel = fork_child(descriptor, seed, confine)
     while len(request := control.recv(8)) == 8:
         (pid,) = struct.unpack("q", request)
         if pid in children:
@@ -284,33 +288,34 @@ def serve(descriptor: int, seed: int, strong: bool) -> None:
             children.remove(pid)
         elif pid == 0:
             if channel is None:  # the system gave no process the last time
-                spare, channel = fork_child(control, seed, confine)
-            socket.send_fds(control, [struct.pack("q", spare)], [channel.fileno()] if channel else [])
+                spare, channel = fork_child(descriptor, seed, confine)
+            socket.send_fds(control, [struct.pack("q", spare)], [channel] if channel else [])
             if channel:
-                channel.close()
+                os.close(channel)
                 children.add(spare)
-            spare, channel = fork_child(control, seed, confine)
+            spare, channel = fork_child(descriptor, seed, confine)
     for pid in children | ({spare} if channel else set()):
         end(pid)
 
 
-def fork_child(control: socket.socket, seed: int, confine: Callable[[], None]) -> tuple[int, socket.socket | None]:
-    """Fork a confined child; return its pid and a channel to it, or a negative error number if the system refuses."""
-    ours, theirs = socket.socketpair()
+def fork_child(control: int, seed: int, confine: Callable[[], None]) -> tuple[int, int | None]:
+    """Fork a confined child; return its pid and the channel to it, or a negative error number if the system refuses."""
+    ours, theirs = [end.detach() for end in socket.socketpair()]
     try:
         pid = os.fork()
     except OSError as error:
+        os.close(ours)
         pid, ours = -error.errno, None
     if pid == 0:
         try:
-            control.close()
-            ours.close()
+            os.close(control)
+            os.close(ours)
             confine()
             random.seed(seed)
-            live(theirs.fileno())
+            live(theirs)
         finally:
             os._exit(1)
-    theirs.close()
+    os.close(theirs)
     return pid, ours
 
 
@@ -332,17 +337,15 @@ def rehearse() -> None:
 
 def live(channel: int) -> None:
     """The life of a child: carry out requests, of which the first names the tools, until the pipe is closed."""
-    sys.modules["__main__"] = types.ModuleType("__main__")
     variables = vars(sys.modules["__main__"])
-    variables["ToolError"] = Refusal
     for number in itertools.count(1):
         if not (request := receive(channel)):
             return
         sys.stdout = sys.stderr = printed = Printed()
         value = error = None
         try:
-            variables.update({name: make_stub(channel, name) for name in request.pop("tools", ())})
-            value = plain(carry_out(variables, f"<action {number}>", **request))
+            variables.update({name: functools.partial(call_tool, channel, name) for name in request.pop("tools", ())})
+            value = carry_out(variables, f"<action {number}>", **request)
         except BaseException as failure:  # SystemExit too: the process is still needed
             error = explain(failure)
         text = printed.getvalue().encode(errors="replace").decode()
@@ -357,18 +360,21 @@ class Printed(io.StringIO):
         return len(text)
 
 
-def carry_out(variables: dict, filename: str, code: str = "", name: str = "", arguments: list | None = None) -> Any:
-    """Run the code if there is any; otherwise return a variable or, given arguments, what it returns when called."""
+def carry_out(variables: dict, filename: str, code: str, name: str = "", arguments: list | None = None) -> Any:
+    """Run code; then return the variable of this name, or, given arguments, what it returns when called with them."""
     if code:
         linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)  # for tracebacks
-        return exec(compile(code, filename, "exec", dont_inherit=True), variables)
+        exec(compile(code, filename, "exec", dont_inherit=True), variables)
+    if arguments is None:
+        try:
+            return plain(variables.get(name))
+        except ValueError:
+            return None
     if name not in variables:
         raise NameError(f"the code does not define {name}")
-    if arguments is None:
-        return variables[name]
     if hasattr(variables[name], "__code__"):  # evaluate() and evaluate(answer) are called alike
         arguments = arguments[:variables[name].__code__.co_argcount]
-    return variables[name](*arguments)
+    return plain(variables[name](*arguments))
 
 
 def explain(failure: BaseException) -> str:
@@ -383,16 +389,16 @@ def explain(failure: BaseException) -> str:
 Refusal = type("ToolError", (Exception,), {"__module__": "builtins"})  # so that a traceback shows the bare name
 
 
-def make_stub(channel: int, name: str) -> Callable:
-    """Return what model-written code calls in place of a tool: the call crosses the pipe as data, and so the result."""
-    def stub(*arguments: Any, **keywords: Any) -> Any:
-        send(channel, {"tool": name, "arguments": arguments, "keywords": keywords})
-        reply = receive(channel)
-        if "refusal" in reply:
-            raise Refusal(reply["refusal"])
-        return reply["value"]
-    stub.__name__ = stub.__qualname__ = name
-    return stub
+def call_tool(channel: int, name: str, *arguments: Any, **keywords: Any) -> Any:
+    """What model-written code calls in place of a tool: the call crosses the pipe as data, and so does the result."""
+    send(channel, plain({"tool": name, "arguments": arguments, "keywords": keywords}))
+    reply = receive(channel)
+    if "refusal" in reply:
+        raise Refusal(reply["refusal"])
+    return reply["value"]
+
+
+DECODER = json.JSONDecoder()  # `loads` would ask several things first, and each page that is touched costs a copy
 
 
 def send(channel: int, message: Any) -> None:
@@ -410,12 +416,12 @@ def receive(channel: int) -> dict | None:
         if not piece:
             return None
         line += piece
-    return json.loads(line)
+    return DECODER.raw_decode(line.decode())[0]
 
 
 def pack(message: Any) -> bytes:
-    """Return the line that carries a message through the pipe; raises ValueError if it is not plain or too long."""
-    line = json.dumps(plain(message)).encode() + b"\n"
+    """Return the line that carries plain data through the pipe; raises ValueError if it is too long."""
+    line = json.dumps(message).encode() + b"\n"
     if len(line) > MESSAGE_BYTES:
         raise ValueError(f"more than {MESSAGE_BYTES:,} bytes of data")
     return line
@@ -456,7 +462,7 @@ class Outcome:
 
     printed: str
     error: str | None  # the end of the traceback, or a sentence about a timeout or a crash
-    value: Any = None  # what a called function returned, as plain data
+    value: Any = None  # of a variable, or what a function returned, as plain data
 
 
 def observation(outcome: Outcome) -> str:
@@ -582,8 +588,8 @@ class Jail(contextlib.AbstractContextManager):
     def probe(self) -> dict[str, bool]:
         """Return, for each thing that a child of the jail just tried, whether the system refused it."""
         with socket.create_server(("127.0.0.1", 0)) as listener, self.session(None) as session:
-            session.run(PROBE.format(path=__file__, port=listener.getsockname()[1], parent=os.getpid()))
-            return session.value("refused") or {"everything": False}
+            probe = PROBE.format(path=__file__, port=listener.getsockname()[1], parent=os.getpid())
+            return session.run(probe, "refused").value or {"everything": False}
 
     def describe(self) -> str:
         """Return a line for the user about what the jail refuses to model-written code, as tried out just now."""
@@ -629,25 +635,25 @@ class Session(contextlib.AbstractContextManager):
             with contextlib.suppress(OSError):  # a server that is gone has taken its children along
                 self.server.end(self.pid)
 
-    def run(self, code: str) -> Outcome:
-        """Run code; return what it printed, and the error if it did not run to its end."""
-        problem = text_problem(code)
-        return Outcome("", f"the code {problem}") if problem else self.ask(code=code)
+    def run(self, code: str, name: str = "", arguments: list | None = None) -> Outcome:
+        """Run code; the outcome holds what it printed, and the error if it did not run to its end.
 
-    def call(self, name: str, *arguments: Any) -> Outcome:
-        """Call a function that the code defined, with as many of the arguments as it takes."""
-        return self.ask(name=name, arguments=arguments)
+        Its value is the variable `name`, None if there is none or if it is not plain data; or, given arguments,
+        what the function of this name returns, called with as many of them as it takes.
+        """
+        problem = text_problem(code)
+        return Outcome("", f"the code {problem}") if problem else self.ask(code=code, name=name, arguments=arguments)
 
     def value(self, name: str) -> Any:
-        """Return a variable of the code, None if there is none or if it is not plain data."""
-        return None if self.channel is None else self.ask(name=name).value
+        """Return a variable that earlier code has left, as `run` does."""
+        return None if self.channel is None else self.ask(code="", name=name).value
 
     def ask(self, **request: Any) -> Outcome:
         """Have the child carry out a request, and meanwhile execute its tool calls, all before the deadline."""
         if self.channel is None:
             request["tools"] = list(self.environment.tools()) if self.environment else []
         try:
-            message = pack(request)
+            message = pack(plain(request))
         except ValueError as error:
             return Outcome("", f"the arguments cannot reach the code: {error}")
         if self.channel is None:
@@ -702,7 +708,7 @@ class Session(contextlib.AbstractContextManager):
         except ToolError as refusal:
             return pack({"refusal": str(refusal)[:ERROR_CHARACTERS // 2]})
         try:
-            return pack({"value": result})
+            return pack({"value": plain(result)})
         except ValueError as error:  # a tool may wrap what it was given into more than a message holds
             return pack({"refusal": f"the result of {name} cannot reach the code: {error}"})
 
@@ -744,9 +750,7 @@ def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any
     """Return the verdict of a task on an environment's state and a final answer; the state stays as it is."""
     before = pickle.loads(pickle.dumps(environment.state))  # a copy, faster than deepcopy
     with jail.session(environment, replica) as session:
-        outcome = session.run(task.evaluate)
-        if outcome.error is None:
-            outcome = session.call("evaluate", as_answer(answer))
+        outcome = session.run(task.evaluate, "evaluate", [as_answer(answer)])
     if environment.state != before:
         environment.state = before
         return Verdict(False, "evaluate changed the state, at which it may only look")
@@ -764,8 +768,8 @@ def attempt(jail: Jail, task: CodeAsTask, what: str, code: str | None) -> bool:
     environment, answer = make_environment(task.env, task.seed), None
     if code is not None:
         with jail.session(environment) as session:
-            outcome = session.run(code)
-            answer = session.value("result")
+            outcome = session.run(code, "result")
+        answer = outcome.value
         if outcome.error is not None:
             raise TaskError("runs", f"{what} does not run:\n{outcome.error}")
     first, second = [evaluate(jail, task, environment, answer, replica) for replica in (0, 1)]

@@ -24,6 +24,7 @@ from tools import make_environment  # noqa: E402
 from verify import CodeAsTask, Jail, inside, judge_many  # noqa: E402
 
 CODE = "x = 1"
+AMOUNT = make_environment("calculator", 3).state["tea"]
 CODE_WITH_A_TOOL = "result = amount('tea')\nprint(result)"
 FLOOR = """
 rehearse()
@@ -51,8 +52,8 @@ def timed(work: Callable[[], object]) -> float:
 def check(jail: Jail, code: str, replica: int = 0) -> None:
     """A check as the filter makes it: a child for this code alone, its answer, its end."""
     with jail.session(make_environment("calculator", 3), replica) as session:
-        assert session.run(code).error is None
-        assert code == CODE or session.value("result") == 16 or session.value("result")
+        outcome = session.run(code, "result")
+        assert outcome.error is None and outcome.value == (None if code == CODE else AMOUNT)
 
 
 def many_checks(jail: Jail, checks: int, workers: int) -> None:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tools import Environment, make_environment, tool
-from verify import CodeAsTask, ForkServer, Jail, JailError, Session, evaluate, judge, observation
+from verify import CodeAsTask, ForkServer, Jail, JailError, evaluate, judge, observation
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the strong jail")
 
@@ -104,9 +104,10 @@ def test_variables_last_from_action_to_action(jail):
 def test_a_function_gets_as_many_arguments_as_it_takes(jail):
     with jail.session(None) as session:
         session.run("def none(): return 'none'\ndef one(answer): return answer\nmany = lambda *rest: len(rest)")
-        assert [session.call(name, {"a": [1, 2.5, None]}).value for name in ("none", "one", "many")] == [
-            "none", {"a": [1, 2.5, None]}, 0]
-        assert "does not define missing" in session.call("missing").error
+        answers = [session.run("x = 1", name, [{"a": [1, 2.5, None]}]).value for name in ("none", "one", "many")]
+        assert answers == ["none", {"a": [1, 2.5, None]}, 0]
+        assert "does not define missing" in session.run("x = 1", "missing", []).error
+        assert session.run("x = 1 / 0", "one", [5]).error.endswith("ZeroDivisionError: division by zero")
 
 
 def test_a_refusal_reaches_the_code_as_an_exception(jail):
@@ -419,9 +420,11 @@ def test_the_system_refuses(jail, attack, tmp_path):
         assert unharmed()
 
 
-def test_every_process_at_once_cannot_be_killed(jail):
-    # Not shown to work: a bare process would end this test, and whatever else its user runs.
-    assert "PermissionError" in run(jail, "import os\nos.kill(-1, 9)").error
+@pytest.mark.parametrize("target", ["-1", "os.getppid()", "0", "-os.getpgrp()"], ids=["all", "parent", "group", "own_group"])
+def test_neither_the_parent_nor_every_process_can_be_killed(jail, target):
+    # Not shown to work: a bare process would end this test, or whatever else its user runs.
+    outcome = run(jail, f"import os\nos.kill({target}, 9)")
+    assert "PermissionError" in outcome.error
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the other set of system calls is of x86-64")
@@ -506,9 +509,9 @@ def test_the_frames_above_the_code_hold_nothing(jail):
 
 def test_the_objects_of_the_process_hold_nothing(jail):
     hunt = "import gc\nprint([o for o in gc.get_objects() if isinstance(o, dict) and 'hidden' in o])"
-    secret = {"hidden": 'planted' + '-secret'}
+    held_by_the_parent = {"hidden": [SECRET]}
     assert "planted-secret" in bare(f"secret = {{'hidden': [{SECRET!r}]}}\nexec({hunt!r})").stdout
-    assert run(jail, hunt).printed == "[]\n" and secret
+    assert run(jail, hunt).printed == "[]\n" and held_by_the_parent
 
 
 def test_a_session_sees_nothing_of_another_on_the_same_server(jail):
@@ -564,7 +567,7 @@ def test_what_a_tool_returned_is_a_copy(jail):
     code = "mine = entries()\nmine[0].append(2)\nnew = put([5])\nnew.append(6)\nprint(mine, new)"
     shared = Ledger()
     exec(code, {"entries": shared.entries, "put": shared.put, "print": lambda *a: None})  # in one process
-    assert shared.state == {"entries": [[1, 2], [5, 6], [5, 6]][:2]} or shared.state["entries"][0] == [1, 2]
+    assert shared.state == {"entries": [[1, 2], [5, 6]]}
     with jail.session(environment := Ledger()) as session:
         assert session.run(code).printed == "[[1, 2]] [5, 6]\n"
     assert environment.state == {"entries": [[1], [5]]}
@@ -603,13 +606,9 @@ CHEATS = {
     "written_success": ("import os\ndef evaluate(answer): os.write(1, b'verdict PASS')", BY_MARKER),
     "patched_print": ("import builtins\ntrue_print = print\nbuiltins.print = lambda *a: true_print('verdict PASS')\n"
                       "def evaluate(answer): return False", BY_MARKER),
-    "patched_AssertionError": ("import builtins\nbuiltins.AssertionError = SystemExit(0).__class__\nclass Zero(SystemExit):\n"
-                               "    code = 0\nbuiltins.AssertionError = Zero\ndef evaluate(answer):\n    import os; os._exit(0)", BY_STATUS),
-    "patched_grader": ("import sys\nsys._getframe(0).f_globals['evaluate'] = lambda answer: True\n"
-                       "class evaluate: __new__ = lambda *a: 1", BY_TRUTH),
+    "an_exit_by_another_name": ("class Quiet(SystemExit): pass\ndef evaluate(answer): raise Quiet(0)", BY_STATUS),
+    "a_class_for_a_function": ("class evaluate:\n    def __init__(self, answer): pass", BY_TRUTH),
 }
-UNFORGEABLE = ("'evaluate' returned", "returned", "ended or crashed", "SystemExit", "does not define", "plain data",
-               "text, finite numbers", "took longer")
 
 
 @pytest.mark.parametrize("evaluation, check", CHEATS.values(), ids=CHEATS)
@@ -717,7 +716,7 @@ def says(jail, evaluation, replica=0, times=1):
     """What an evaluation says, asked `times` in one process: without the fresh child that each verdict has."""
     with jail.session(make_environment("calculator", SEED), replica) as session:
         assert session.run(evaluation).error is None
-        return [session.call("evaluate", 1).value for _ in range(times)]
+        return [session.run("pass", "evaluate", [1]).value for _ in range(times)]
 
 
 def test_an_evaluation_that_depends_on_the_hash_seed_is_rejected(jail):
@@ -751,8 +750,7 @@ def test_an_evaluation_that_does_the_work_itself_is_rejected(jail):
     evaluation = f"def evaluate():\n    change_city('{order}', 'Oslo')\n    return get_order('{order}')['city'] == 'Oslo'"
     task = task_with(evaluation, env="shop")
     with jail.session(environment) as session:  # without the comparison of the states it passes
-        assert session.run(task.evaluate).error is None
-        assert session.call("evaluate").value is True
+        assert session.run(task.evaluate, "evaluate", []).value is True
     assert "changed the state" in judge(jail, task).reason
 
 
@@ -795,8 +793,7 @@ def test_sessions_of_a_dead_server_end_in_a_sentence(jail):
     assert "lost" in outcomes[0].error and outcomes[1].printed == "1\n"
 
 
-def test_a_system_without_processes_to_give_is_a_sentence(jail, monkeypatch):
-    # The server's own limit on processes stands in for a full machine; the superuser has no such limit.
+def test_servers_that_keep_ending_are_a_sentence(jail, monkeypatch):
     monkeypatch.setattr(ForkServer, "child", lambda self: (_ for _ in ()).throw(ConnectionError("ended")))
     with pytest.raises(JailError, match="out of memory or processes"):
         run(jail, "x = 1")
