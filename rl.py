@@ -161,10 +161,12 @@ class Episode:
     """What a rollout plays: a role in a world, which takes the agent's turns and gives the next observations.
 
     `messages` begins with the system message and the user's; `rollout` appends every turn, for the reader.
-    A role says in `answer` what becomes of an ANSWER, and in `max_steps` how many turns it may take.
+    A role says in `answer` what becomes of an ANSWER, and in `max_steps` how many turns it may take, of which
+    `answers_left` can be answers.
     """
 
     max_steps: int
+    answers_left = 1
 
     def __init__(self, jail: Jail, env: str, seed: int):
         self.jail, self.env, self.seed = jail, env, seed
@@ -185,11 +187,21 @@ class Episode:
         except FormatError as reminder:
             reply = str(reminder)
         else:
+            self.answers_left -= step.kind == "answer"
             reply = observation(self.session.run(step.content)) if step.kind == "action" else self.answer(step.content)
         if reply is None or self.steps < self.max_steps:
             return reply and f"Observation:\n{reply}"
         self.status = "out of steps"
         return None
+
+    def is_last(self, text: str) -> bool:
+        """Whether this turn ends the episode whatever comes of it, so that nobody needs to wait for that."""
+        if self.steps + 1 == self.max_steps:
+            return True
+        try:
+            return self.answers_left == 1 and parse_step(text).kind == "answer"
+        except FormatError:
+            return False
 
     def close(self) -> None:
         """End the jailed session; it may be called at any time."""
@@ -297,14 +309,15 @@ def play(
     A pass of the network feeds every row the tokens that are not in its cache yet: the prompt at first, then
     the token just sampled, or an observation. They are padded on the left, so every row samples from the last
     column; what is padding in a row stays masked. When a turn of a row has ended, its code runs in the jail
-    while the network goes on with the others; when half of the rows wait, they all go on: no row waits for the slowest.
+    while the network goes on with the others; when half of the rows wait, they all go on, so that no row waits for
+    the slowest, and those that took their last turn leave: their verdicts are needed only at the end.
     """
     rows = list(range(len(episodes)))  # the episode of each row of the batch
-    fed, started, waiting = [0] * len(rows), [len(t.tokens) for t in trajectories], {}
+    fed, started, waiting, last = [0] * len(rows), [len(t.tokens) for t in trajectories], {}, {}
     cache, mask = empty_cache(policy.model.config), torch.zeros(len(rows), 0, dtype=torch.long, device=policy.device)
     with ThreadPoolExecutor(2) as workers:
         while rows:
-            pending = [[] if i in waiting else trajectories[i].tokens[fed[i]:] for i in rows]
+            pending = [[] if i in waiting or i in last else trajectories[i].tokens[fed[i]:] for i in rows]
             width = max(map(len, pending))
             ids = torch.tensor([[0] * (width - len(p)) + p for p in pending], device=policy.device)  # [rows, width]
             new = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in pending], device=policy.device)
@@ -315,13 +328,16 @@ def play(
             ).logits[:, -1].float()  # [rows, vocabulary]
             tokens, logprobs = sample_tokens(logits, generator, temperature)  # [rows], [rows]
             for i, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
-                if i not in waiting:
+                if i not in waiting and i not in last:
                     fed[i] = len(trajectories[i].tokens)
                     trajectories[i].extend([token], True, [logprob])
                     if token in policy.stop_ids or len(trajectories[i].tokens) == started[i] + turn_tokens:
-                        waiting[i] = workers.submit(take_step, policy, episodes[i], trajectories[i], started[i], context)
-            if 2 * len(waiting) >= len(rows):
-                ended = {i for i, step in waiting.items() if step.result()}
+                        text = turn_text(policy, trajectories[i].tokens[started[i]:])
+                        turns = last if episodes[i].is_last(text) else waiting
+                        turns[i] = workers.submit(take_step, policy, episodes[i], trajectories[i], text, context)
+            idle = [i for i in rows if i in waiting or i in last]
+            if 2 * len(idle) >= len(rows):
+                ended = {i for i in idle if i in last or waiting[i].result()}
                 for i in waiting:
                     started[i] = len(trajectories[i].tokens)
                 waiting.clear()
@@ -331,12 +347,17 @@ def play(
                     mask, rows = mask[keep], [i for i in rows if i not in ended]
                 if bar is not None:
                     bar.update(len(ended))
+        for step in last.values():
+            step.result()
 
 
-def take_step(policy: Policy, episode: Episode, trajectory: Trajectory, start: int, context: int) -> bool:
-    """Hand the agent's turn, the tokens from `start`, to its episode; append the observation. True at the episode's end."""
-    turn = [token for token in trajectory.tokens[start:] if token not in policy.stop_ids]
-    text = policy.tokenizer.decode(turn, skip_special_tokens=True)
+def turn_text(policy: Policy, tokens: list[int]) -> str:
+    """Return the text of a turn, without the tokens that end it."""
+    return policy.tokenizer.decode([token for token in tokens if token not in policy.stop_ids], skip_special_tokens=True)
+
+
+def take_step(policy: Policy, episode: Episode, trajectory: Trajectory, text: str, context: int) -> bool:
+    """Hand the text of the agent's turn to its episode, and append the observation; return whether the episode is over."""
     episode.messages.append({"role": "assistant", "content": text})
     reply = episode.step(text)
     if reply is not None:

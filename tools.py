@@ -52,6 +52,7 @@ class Environment:
         raise NotImplementedError(f"{type(self).__name__} names no starting point")
 
     @classmethod
+    @functools.cache
     def tools(cls) -> dict[str, Callable]:
         """Return {name: function} of the tools, in the order in which the class defines them."""
         return {name: member for name, member in vars(cls).items() if getattr(member, "is_tool", False)}

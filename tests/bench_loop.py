@@ -2,9 +2,9 @@
 
     python tests/bench_loop.py [options of selfchallenge.py]
 
-The run is played twice. The second time nothing is jailed: what each step of each episode brought is repeated
-from the first time. Both times the model writes the same tokens, which is checked, so the difference of the two
-times is what the jail adds: waiting for it, and sharing the processor with it.
+The run is played five times, in turns with the jail and without. Without, what each step of each episode brought
+is repeated from the first time, which itself does not count: it also warms everything up. The model writes the same
+tokens each time, which is checked, so the difference is what the jail adds: waiting for it, and sharing the processor.
 """
 import itertools
 import shutil
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -58,16 +59,18 @@ def played(arguments: list[str], memory: dict, repeat: bool) -> dict:
 
 
 def main() -> None:
-    """Play both runs, and print the seconds of each phase."""
-    memory, summaries, totals = {}, [], []
-    for repeat in (False, True):
+    """Play the runs, and print the mean seconds of each phase."""
+    memory: dict = {}
+    seconds: dict[bool, list[dict]] = {True: [], False: []}
+    for number, repeat in enumerate([False, True, False, True, False]):
         start = time.monotonic()
-        summaries.append(played(sys.argv[1:], memory, repeat))
-        totals.append(time.monotonic() - start)
+        phases = played(sys.argv[1:], memory, repeat)["wall_s"]
+        if number:
+            seconds[repeat].append(phases | {"in all": time.monotonic() - start})
     print(f"{'seconds':12} {'with the jail':>14} {'without':>8} {'added':>7}")
-    rows = [(phase, *(summary["wall_s"][phase] for summary in summaries)) for phase in summaries[0]["wall_s"]]
-    for name, jailed, free in [*rows, ("in all", *totals)]:
-        print(f"{name:12} {jailed:14.1f} {free:8.1f} {jailed / free - 1:7.0%}")
+    for phase in seconds[True][0]:
+        jailed, free = [fmean(run[phase] for run in seconds[repeat]) for repeat in (False, True)]
+        print(f"{phase:12} {jailed:14.1f} {free:8.1f} {jailed / free - 1:7.0%}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from rl import (
     seeded,
     trajectory_logprobs,
 )
-from verify import CodeAsTask, Jail
+from verify import CodeAsTask, Jail, JailError
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +313,9 @@ class Script:
         self.messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
         self.left, self.reward, self.status, self.closed, self.seed = turns, 0.0, "running", False, 0
 
+    def is_last(self, text):
+        return False
+
     def step(self, text):
         self.left -= 1
         return "again" if self.left else None
@@ -328,6 +331,36 @@ def test_every_episode_gets_its_turns_whatever_the_batch(policy):
     assert all(episode.closed for episode in episodes)
     assert [sum(m["role"] == "assistant" for m in e.messages) for e in episodes] == [1, 3, 2, 1, 4]
     assert all(sum(t.mask) <= 4 * turns for t, turns in zip(trajectories, (1, 3, 2, 1, 4)))
+
+
+class KnownScript(Script):
+    """A script that says when its last turn has come."""
+
+    def is_last(self, text):
+        return self.left == 1
+
+
+def test_nothing_depends_on_whether_a_last_turn_is_known_for_one(policy):
+    lengths = (1, 3, 2, 1, 4)
+    played = [rollout(policy, [kind(turns) for turns in lengths], seeded("cpu", 2), parallel=5, turn_tokens=4) for kind in (Script, KnownScript)]
+    assert [vars(t) for t in played[0]] == [vars(t) for t in played[1]]
+
+
+def test_what_a_last_turn_breaks_is_not_passed_over(policy):
+    class Broken(KnownScript):
+        def step(self, text):
+            raise JailError("the jail is closed")
+
+    with pytest.raises(JailError):
+        rollout(policy, [Broken(1)], seeded("cpu", 2), turn_tokens=4)
+
+
+def test_an_episode_knows_its_last_turn(jail):
+    thought, answered = "THOUGHT: look END THOUGHT\nACTION:\nx = 1\nEND ACTION", "ANSWER: 1 END ANSWER"
+    executor = Executor(jail, TASK)
+    assert [executor.is_last(text) for text in (thought, answered, "hm")] == [False, True, False]
+    executor.steps = rl.MAX_STEPS - 1
+    assert [executor.is_last(text) for text in (thought, answered, "hm")] == [True, True, True]
 
 
 def test_the_executor_is_rewarded_by_the_state_it_leaves(jail):
