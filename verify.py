@@ -7,7 +7,7 @@ runs, the solution passes the evaluation, and no failure case does.
 Departures from the paper, and why:
 - `evaluate(answer)` replaces `<expected_output>`, so that all worlds share one format.
 - Doing nothing must fail as well: a task that asks for nothing rewards every executor.
-- `evaluate` is repeated under other random seeds, and must leave the state alone: a verdict that
+- All is repeated with another random seed, and `evaluate` must leave the state alone: a verdict that
   flips, or that brings about what it looks for, is none.
 - The paper does not say how code is isolated. Here the state stays in this process, and code runs in
   a child that can only compute and talk through one pipe: a tool call goes out as data, and its
@@ -190,7 +190,7 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 #   limits                    eating the memory, filling the disk, computing on after the reply
 #   a filter of system calls  files, network, processes, signals: the kernel refuses all but SYSTEM_CALLS
 #   nothing to find           no environment variables, no open files, no code of this project to import
-#   two servers, two seeds    an evaluation that follows hashes or chance: it contradicts itself
+#   two servers, two seeds    a task that follows hashes or chance: what is kept passes the filter on both
 # A fork server executes the text from here to OUTSIDE and nothing else of the project: with tools.py in its
 # memory, model-written code could compute the hidden states. The server has one thread and little memory,
 # since that is what a fork costs, and forks one child for each untrusted author.
@@ -389,9 +389,9 @@ def explain(failure: BaseException) -> str:
 Refusal = type("ToolError", (Exception,), {"__module__": "builtins"})  # so that a traceback shows the bare name
 
 
-def call_tool(channel: int, name: str, *arguments: Any, **keywords: Any) -> Any:
+def call_tool(channel: int, tool: str, /, *arguments: Any, **keywords: Any) -> Any:
     """What model-written code calls in place of a tool: the call crosses the pipe as data, and so does the result."""
-    send(channel, plain({"tool": name, "arguments": arguments, "keywords": keywords}))
+    send(channel, plain({"tool": tool, "arguments": arguments, "keywords": keywords}))
     reply = receive(channel)
     if "refusal" in reply:
         raise Refusal(reply["refusal"])
@@ -759,40 +759,49 @@ def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any
     return Verdict(outcome.value is True, outcome.error)
 
 
-def attempt(jail: Jail, task: CodeAsTask, what: str, code: str | None) -> bool:
+def attempt(jail: Jail, task: CodeAsTask, replica: int, what: str, code: str | None) -> bool:
     """Return whether code passes the task from a fresh state; raises TaskError at stage "runs" if code breaks.
 
     No code is the attempt that does nothing, and whose answer is None: an evaluation that stumbles over
     that has not passed it, and more is not asked of it.
     """
-    environment, answer = make_environment(task.env, task.seed), None
+    environment, outcome = make_environment(task.env, task.seed), Outcome("", None)
     if code is not None:
-        with jail.session(environment) as session:
+        with jail.session(environment, replica) as session:
             outcome = session.run(code, "result")
-        answer = outcome.value
         if outcome.error is not None:
             raise TaskError("runs", f"{what} does not run:\n{outcome.error}")
-    first, second = [evaluate(jail, task, environment, answer, replica) for replica in (0, 1)]
-    if code is not None and (first.reason or second.reason):
-        raise TaskError("runs", f"the evaluation does not run after {what}:\n{first.reason or second.reason}")
-    if first.passed != second.passed:
-        raise TaskError("runs", f"the evaluation says both True and False after {what}, of one state and one answer")
-    return first.passed
+    verdict = evaluate(jail, task, environment, outcome.value, replica)
+    if code is not None and verdict.reason:
+        raise TaskError("runs", f"the evaluation does not run after {what}:\n{verdict.reason}")
+    return verdict.passed
+
+
+def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
+    """Raise TaskError unless all code runs, the solution passes, and neither a failure case nor doing nothing does."""
+    solved = attempt(jail, task, replica, "the example solution", task.solution)
+    failures = {f"failure case {number}": code for number, code in enumerate(task.failures, start=1)}
+    passing = [what for what, code in failures.items() if attempt(jail, task, replica, what, code)]
+    if not solved:
+        raise TaskError("solution", "the example solution does not pass the evaluation")
+    if passing or attempt(jail, task, replica, "doing nothing", None):
+        raise TaskError("failures", f"{(passing or ['doing nothing'])[0]} passes the evaluation, but must fail it")
 
 
 def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
-    """Return the filter's judgement of a task, or of a line of JSON that should hold one."""
+    """Return the filter's judgement of a task, or of a line of JSON that should hold one.
+
+    What is to be kept is checked once more by a server with another random seed: what depends on it is no task.
+    """
     start = time.monotonic()
     try:
         task = CodeAsTask.from_json(task) if isinstance(task, str) else task
         check_form(task)
-        solved = attempt(jail, task, "the example solution", task.solution)
-        failures = {f"failure case {number}": code for number, code in enumerate(task.failures, start=1)}
-        passing = [what for what, code in failures.items() if attempt(jail, task, what, code)]
-        if not solved:
-            raise TaskError("solution", "the example solution does not pass the evaluation")
-        if passing or attempt(jail, task, "doing nothing", None):
-            raise TaskError("failures", f"{(passing or ['doing nothing'])[0]} passes the evaluation, but must fail it")
+        check(jail, task, replica=0)
+        try:
+            check(jail, task, replica=1)
+        except TaskError as rejection:
+            raise TaskError(rejection.stage, f"with another random seed, {rejection.reason}") from None
     except TaskError as rejection:
         return Judgement(False, rejection.stage, rejection.reason, time.monotonic() - start)
     return Judgement(True, "ok", "", time.monotonic() - start)

@@ -110,6 +110,15 @@ def test_a_function_gets_as_many_arguments_as_it_takes(jail):
         assert session.run("x = 1 / 0", "one", [5]).error.endswith("ZeroDivisionError: division by zero")
 
 
+def test_arguments_may_be_named_and_have_any_name(jail):
+    shop = make_environment("shop", SEED)
+    customer_id, name = next(iter(shop.state["customers"].items()))
+    with jail.session(shop) as session:
+        assert session.run(f"print(find_customer(name={name!r}))").printed == f"{customer_id}\n"
+        for keyword in ("tool", "channel", "keywords"):  # the names inside the stub itself
+            assert "stock: missing a required argument: 'item'" in session.run(f"stock({keyword}=1)").error
+
+
 def test_a_refusal_reaches_the_code_as_an_exception(jail):
     outcome = run(jail, "try:\n    amount('gold')\nexcept ToolError as error:\n    print('refused:', error)\namount(1)")
     assert outcome.printed.startswith("refused: the ledger has no item 'gold'")
@@ -726,7 +735,7 @@ def test_an_evaluation_that_depends_on_the_hash_seed_is_rejected(jail):
             break
     assert says(jail, evaluation) == says(jail, evaluation) == [True]  # on one server it looks like a function
     judgement = judge(jail, task_with(evaluation))
-    assert judgement.stage == "runs" and "both True and False" in judgement.reason
+    assert judgement.stage == "solution" and "with another random seed" in judgement.reason
 
 
 def test_an_evaluation_that_draws_lots_is_rejected(jail):
@@ -735,7 +744,20 @@ def test_an_evaluation_that_draws_lots_is_rejected(jail):
         if says(jail, evaluation, 0) == [True] and says(jail, evaluation, 1) == [False]:
             break
     assert says(jail, evaluation) == says(jail, evaluation) == [True]
-    assert "both True and False" in judge(jail, task_with(evaluation)).reason
+    assert "with another random seed" in judge(jail, task_with(evaluation)).reason
+
+
+def test_a_solution_and_a_failure_case_that_follow_chance_are_rejected(jail):
+    for salt in range(100):  # one on which the servers disagree
+        draw = f"import random\nresult = int(random.Random(random.random() + {salt}).random() < 0.5)"
+        with jail.session(None, 0) as first, jail.session(None, 1) as second:
+            if (first.run(draw, "result").value, second.run(draw, "result").value) == (1, 0):
+                break
+    chance = CodeAsTask("calculator", SEED, "x", "def evaluate(answer): return answer == 1", draw, ["result = 2"] * 3)
+    assert says(jail, chance.evaluate) == [True] and judge(jail, chance).stage == "solution"
+    chance.solution, chance.failures = "result = 1", ["result = 2", "result = 3", draw.replace("< 0.5", ">= 0.5")]
+    judgement = judge(jail, chance)
+    assert judgement.stage == "failures" and "with another random seed, failure case 3 passes" in judgement.reason
 
 
 def test_an_evaluation_that_counts_its_calls_begins_anew_each_time(jail):

@@ -269,7 +269,7 @@ def test_a_verdict_that_flips_between_runs_is_rejected(jail):
     hashed = f"def evaluate(answer): return answer == 1 and hash('tea') == {hash_of(jail, 0)}"
     for evaluation in (seeded, hashed):
         judgement = judge(jail, change(CALCULATOR, solution="result = 1", evaluate=evaluation))
-        assert judgement.stage == "runs" and "both True and False after the example solution" in judgement.reason
+        assert judgement.stage == "solution" and judgement.reason.startswith("with another random seed, the example solution")
 
 
 def hash_of(jail, replica):
