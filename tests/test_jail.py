@@ -253,7 +253,9 @@ GREEDY = {
 def test_memory_is_limited(jail, code):
     assert bare(code + "\nprint('got')").stdout == "got\n"
     outcome = run(jail, code + "\nprint('got')")
-    assert "MemoryError" in outcome.error and "(of 256 MB)" in outcome.error and "got" not in outcome.printed
+    # Where not even the error could be told any more, the child is gone, and the sentence says what it may have been.
+    assert "(of 256 MB)" in outcome.error or "perhaps for lack of memory" in outcome.error
+    assert "got" not in outcome.printed
 
 
 def test_output_that_is_kept_is_limited(jail):
@@ -860,8 +862,8 @@ def test_a_server_that_is_killed_takes_its_children_along():
     server.process.kill()
     server.stop()
     channel.settimeout(10)
-    assert channel.recv(1) == b""  # its other end is gone
-    channel.close()
+    with channel, contextlib.suppress(ConnectionResetError):  # if it had not even read what was sent
+        assert channel.recv(1) == b""  # its other end is gone
 
 
 def test_an_interrupt_while_a_child_is_asked_for_does_no_harm(jail, monkeypatch):
