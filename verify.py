@@ -300,7 +300,7 @@ def serve(descriptor: int, seed: int, strong: bool) -> None:
 
 def fork_child(control: int, seed: int, confine: Callable[[], None]) -> tuple[int, int | None]:
     """Fork a confined child; return its pid and the channel to it, or a negative error number if the system refuses."""
-    ours, theirs = [end.detach() for end in socket.socketpair()]
+    ours, theirs = [side.detach() for side in socket.socketpair()]  # plain descriptors: less for a child to touch
     try:
         pid = os.fork()
     except OSError as error:
