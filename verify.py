@@ -22,6 +22,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import hashlib
 import io
 import itertools
 import json
@@ -181,7 +182,8 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 
 
 # ---------------------------------------------------------------------------------------------------
-# INSIDE THE JAIL
+# INSIDE THE JAIL, 1: the walls around a child
+#
 # The layers, and what each of them stops:
 #   a process of its own      patched built-ins, frames, gc: code under test shares no memory with the verdict
 #   data on a pipe            printed success, exit codes, objects that equal everything: none of them is True
@@ -191,9 +193,9 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 #   a filter of system calls  files, network, processes, signals: the kernel refuses all but SYSTEM_CALLS
 #   nothing to find           no environment variables, no open files, no code of this project to import
 #   two servers, two seeds    a task that follows hashes or chance: what is kept passes the filter on both
+#
 # A fork server executes the text from here to OUTSIDE and nothing else of the project: with tools.py in its
-# memory, model-written code could compute the hidden states. The server has one thread and little memory,
-# since that is what a fork costs, and forks one child for each untrusted author.
+# memory, model-written code could compute the hidden states. It forks a child for each untrusted author.
 
 MEMORY_BYTES = 256 * 1024 * 1024  # of address space in a child
 PROCESSOR_SECONDS = 60            # in the life of a child; the parent sets a wall deadline to each action
@@ -266,12 +268,15 @@ def make_confine(strong: bool) -> Callable[[], None]:
     return confine
 
 
-def serve(descriptor: int, seed: int, strong: bool) -> None:
-    """The fork server: a request is 0, to be handed a child, or the pid of a child to end.
+# ---------------------------------------------------------------------------------------------------
+# the jail, 2: the fork server, which has one thread and little memory, since that is what a fork costs
 
-    A child is forked before it is asked for, while the parent still works with the one before. Children are
-    reaped only when they are to end, so that a pid never comes to mean another process. The end of the
-    control socket means that the parent is gone: then all of them end.
+def serve(descriptor: int, seed: int, strong: bool) -> None:
+    """Answer the parent: 0 asks for a child, which is sent with the channel to it; a pid, that this child be ended.
+
+    A child is forked before it is asked for, while the parent still works with the one before, and reaped only
+    when it is ended, so that a pid never comes to mean another process. When the control socket is closed the
+    parent is gone, and the server ends with all its children; so it does when the system gives no more processes.
     """
     control, confine, children = socket.socket(fileno=descriptor), make_confine(strong), set()
     sys.path.clear()
@@ -281,31 +286,26 @@ def serve(descriptor: int, seed: int, strong: bool) -> None:
     sys.modules["__main__"].ToolError = Refusal
     gc.freeze()  # or a collection in a child would touch, and so copy, the server's memory
     spare, channel = fork_child(descriptor, seed, confine)
-    while len(request := control.recv(8)) == 8:
-        (pid,) = struct.unpack("q", request)
-        if pid in children:
-            end(pid)
-            children.remove(pid)
-        elif pid == 0:
-            if channel is None:  # the system gave no process the last time
-                spare, channel = fork_child(descriptor, seed, confine)
-            socket.send_fds(control, [struct.pack("q", spare)], [channel] if channel else [])
-            if channel:
+    try:
+        while len(request := control.recv(8)) == 8:
+            (pid,) = struct.unpack("q", request)
+            if pid in children:
+                end(pid)
+                children.remove(pid)
+            elif pid == 0:
+                socket.send_fds(control, [struct.pack("q", spare)], [channel])
                 os.close(channel)
                 children.add(spare)
-            spare, channel = fork_child(descriptor, seed, confine)
-    for pid in children | ({spare} if channel else set()):
-        end(pid)
+                spare, channel = fork_child(descriptor, seed, confine)
+    finally:
+        for pid in children | {spare}:
+            end(pid)
 
 
-def fork_child(control: int, seed: int, confine: Callable[[], None]) -> tuple[int, int | None]:
-    """Fork a confined child; return its pid and the channel to it, or a negative error number if the system refuses."""
+def fork_child(control: int, seed: int, confine: Callable[[], None]) -> tuple[int, int]:
+    """Fork a confined child; return its pid and the channel to it."""
     ours, theirs = [side.detach() for side in socket.socketpair()]  # plain descriptors: less for a child to touch
-    try:
-        pid = os.fork()
-    except OSError as error:
-        os.close(ours)
-        pid, ours = -error.errno, None
+    pid = os.fork()
     if pid == 0:
         try:
             os.close(control)
@@ -330,10 +330,13 @@ def rehearse() -> None:
     for code in ["print(len('rehearsal'))", "1 / 0"] * 10:
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            send(ours.fileno(), {"tools": ["tool"], "code": code})
+            send(ours.fileno(), {"tools": ["tool"], "code": code, "name": "", "arguments": None})
             ours.shutdown(socket.SHUT_WR)
             live(theirs.fileno())
 
+
+# ---------------------------------------------------------------------------------------------------
+# the jail, 3: the life of a child
 
 def live(channel: int) -> None:
     """The life of a child: carry out requests, of which the first names the tools, until the pipe is closed."""
@@ -360,11 +363,10 @@ class Printed(io.StringIO):
         return len(text)
 
 
-def carry_out(variables: dict, filename: str, code: str, name: str = "", arguments: list | None = None) -> Any:
+def carry_out(variables: dict, filename: str, code: str, name: str, arguments: list | None) -> Any:
     """Run code; then return the variable of this name, or, given arguments, what it returns when called with them."""
-    if code:
-        linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)  # for tracebacks
-        exec(compile(code, filename, "exec", dont_inherit=True), variables)
+    linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)  # for tracebacks
+    exec(compile(code, filename, "exec", dont_inherit=True), variables)
     if arguments is None:
         try:
             return plain(variables.get(name))
@@ -397,6 +399,9 @@ def call_tool(channel: int, tool: str, /, *arguments: Any, **keywords: Any) -> A
         raise Refusal(reply["refusal"])
     return reply["value"]
 
+
+# ---------------------------------------------------------------------------------------------------
+# the jail, 4: data on the pipe
 
 DECODER = json.JSONDecoder()  # `loads` would ask several things first, and each page that is touched costs a copy
 
@@ -446,7 +451,7 @@ def plain(value: Any, nesting: int = NESTING) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------
-# OUTSIDE: the parent's end of the jail
+# OUTSIDE: the jail, 5: the parent's end
 
 class JailError(RuntimeError):
     """This system cannot have the jail, or has broken it; the message is a sentence for the user."""
@@ -482,44 +487,26 @@ def inside(statement: str) -> list[str]:
 
 
 class ForkServer:
-    """The parent's end of a process that forks children; it may be used from several threads."""
+    """The parent's end of a fork server, which several threads may use; one that is stuck or dead is replaced."""
 
     def __init__(self, seed: int, strong: bool):
-        self.lock = threading.Lock()
+        self.seed, self.strong, self.lock, self.closed = seed, strong, threading.Lock(), False
+        self.start()
+
+    def start(self) -> None:
+        """Start the process, from its command line and not by a fork: nothing of this process is in its memory."""
         self.control, theirs = socket.socketpair()
         self.control.settimeout(10)  # for what takes milliseconds: a server that needs longer is stuck
         with theirs:
             self.process = subprocess.Popen(
-                inside(f"serve({theirs.fileno()}, {seed}, {strong})"),
-                env={"PYTHONHASHSEED": str(seed)}, cwd="/", pass_fds=[theirs.fileno()],
+                inside(f"serve({theirs.fileno()}, {self.seed}, {self.strong})"),
+                env={"PYTHONHASHSEED": str(self.seed)}, cwd="/", pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the parent, which then closes the control socket
             )
 
-    def child(self) -> tuple[int, socket.socket]:
-        """Return the pid of a new child and the channel to it; raises OSError, upon which the server is stopped."""
-        with self.lock:
-            try:
-                self.control.sendall(struct.pack("q", 0))
-                reply, channels, _, _ = socket.recv_fds(self.control, 8, 1)
-                if not reply:
-                    raise ConnectionError("the fork server has ended")
-            except BaseException:  # an interrupt too: the next request would take the reply for its own
-                self.stop()
-                raise
-        (pid,) = struct.unpack("q", reply)
-        if not channels:
-            reason = os.strerror(-pid) if pid < 0 else "too many files are open (see ulimit -n)"
-            raise JailError(f"the system gives no more processes to the jail: {reason}")
-        return pid, socket.socket(fileno=channels[0])
-
-    def end(self, pid: int) -> None:
-        """Have a child ended, before the server hands out another one; raises OSError if the server is gone."""
-        with self.lock:
-            self.control.sendall(struct.pack("q", pid))
-
     def stop(self) -> None:
-        """End the children and the server; it may have been stopped before."""
+        """End the process and its children; it may have been stopped before."""
         with contextlib.suppress(OSError):
             self.control.shutdown(socket.SHUT_RDWR)  # which wakes a thread that waits for a reply; closing does not
         self.control.close()
@@ -528,6 +515,41 @@ class ForkServer:
         except subprocess.TimeoutExpired:  # it is stuck; when it is killed the kernel ends its children
             self.process.kill()
             self.process.wait()
+
+    def close(self) -> None:
+        """Stop for good, also if another thread is about to start the process again."""
+        self.closed = True
+        self.stop()
+        with self.lock:
+            self.stop()
+
+    def child(self) -> tuple[socket.socket, int, socket.socket]:
+        """Return a new child: the control socket of its server, its pid, and the channel to it.
+
+        A server that does not answer is replaced, once. Raises JailError if that does not help.
+        """
+        with self.lock:
+            for _ in range(2):
+                if self.closed:
+                    raise JailError("the jail is closed")
+                try:
+                    return self.control, *self.ask_for_child()
+                except BaseException as failure:  # an interrupt too: the next request would take the reply for its own
+                    self.stop()
+                    if not isinstance(failure, OSError):
+                        raise
+                self.start()
+        raise JailError("the jail's servers end as soon as they start: is the system out of memory or processes?")
+
+    def ask_for_child(self) -> tuple[int, socket.socket]:
+        """Return the pid of a child and the channel to it; raises OSError if the server is stuck or dead."""
+        self.control.sendall(struct.pack("q", 0))
+        reply, channels, _, _ = socket.recv_fds(self.control, 8, 1)
+        if not reply:
+            raise ConnectionError("the fork server has ended")
+        if not channels:
+            raise JailError("the jail can open no more channels: too many files are open (see ulimit -n)")
+        return struct.unpack("q", reply)[0], socket.socket(fileno=channels[0])
 
 
 class Jail(contextlib.AbstractContextManager):
@@ -540,50 +562,27 @@ class Jail(contextlib.AbstractContextManager):
     def __init__(self, servers: int = 2, seconds: float = 2.0, allow_weak: bool = False):
         if not hasattr(os, "fork"):
             raise JailError("the jail needs a system with fork: on Windows, run this project inside WSL")
-        self.seconds, self.lock, self.closed = seconds, threading.Lock(), False
-        self.strong = sys.platform == "linux" and os.uname().machine in MACHINES
-        self.servers = [ForkServer(seed, self.strong) for seed in range(1, servers + 1)]
-        if not all(self.probe().values()):
-            self.strong = False
-            if not allow_weak:
-                self.close()
-                raise JailError("this system does not filter system calls, so model-written code could read your files "
-                                "and use your network; the flag --allow-weak-jail runs it all the same")
-            for replica, server in enumerate(self.servers):
-                self.replace(replica, server)
+        self.seconds, self.verdicts = seconds, {}
+        known = sys.platform == "linux" and os.uname().machine in MACHINES
+        for self.strong in [True] * known + [False] * allow_weak:
+            self.servers = [ForkServer(seed, self.strong) for seed in range(1, servers + 1)]
+            if all(self.probe().values()) or not self.strong:
+                return
+            self.close()
+        raise JailError("this system does not filter system calls, so model-written code could read your files "
+                        "and use your network; the flag --allow-weak-jail runs it all the same")
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
     def close(self) -> None:
         """End the servers and all that runs in them."""
-        with self.lock:
-            self.closed = True
-            for server in self.servers:
-                server.stop()
+        for server in self.servers:
+            server.close()
 
     def session(self, environment: Environment | None, replica: int = 0) -> "Session":
         """Return a session for one untrusted author on this environment; `replica` picks the server."""
-        return Session(self, environment, replica % len(self.servers))
-
-    def replace(self, replica: int, server: ForkServer) -> None:
-        """Put a new server in the place of one that is stuck or dead, unless another thread has done so."""
-        with self.lock:
-            if self.closed:
-                raise JailError("the jail is closed")
-            if self.servers[replica] is server:
-                server.stop()
-                self.servers[replica] = ForkServer(replica + 1, self.strong)
-
-    def fork(self, replica: int) -> tuple[ForkServer, int, socket.socket]:
-        """Return a server, the pid of its new child, and the channel to it; a server that fails is replaced once."""
-        for _ in range(2):
-            server = self.servers[replica]
-            try:
-                return server, *server.child()
-            except OSError:
-                self.replace(replica, server)
-        raise JailError("the jail's servers end as soon as they start: is the system out of memory or processes?")
+        return Session(self, environment, self.servers[replica % len(self.servers)])
 
     def probe(self) -> dict[str, bool]:
         """Return, for each thing that a child of the jail just tried, whether the system refused it."""
@@ -620,8 +619,8 @@ class Session(contextlib.AbstractContextManager):
     A child that is late or crashes is ended, and the next action starts another.
     """
 
-    def __init__(self, jail: Jail, environment: Environment | None, replica: int):
-        self.jail, self.environment, self.replica = jail, environment, replica
+    def __init__(self, jail: Jail, environment: Environment | None, server: ForkServer):
+        self.jail, self.environment, self.server = jail, environment, server
         self.channel = None  # the socket to the child, while there is one
 
     def __exit__(self, *exception: Any) -> None:
@@ -633,23 +632,17 @@ class Session(contextlib.AbstractContextManager):
             self.channel.close()
             self.channel = None
             with contextlib.suppress(OSError):  # a server that is gone has taken its children along
-                self.server.end(self.pid)
+                self.control.sendall(struct.pack("q", self.pid))
 
     def run(self, code: str, name: str = "", arguments: list | None = None) -> Outcome:
-        """Run code; the outcome holds what it printed, and the error if it did not run to its end.
+        """Run code, and meanwhile execute its tool calls; the outcome holds what it printed, and what ended it early.
 
         Its value is the variable `name`, None if there is none or if it is not plain data; or, given arguments,
         what the function of this name returns, called with as many of them as it takes.
         """
-        problem = text_problem(code)
-        return Outcome("", f"the code {problem}") if problem else self.ask(code=code, name=name, arguments=arguments)
-
-    def value(self, name: str) -> Any:
-        """Return a variable that earlier code has left, as `run` does."""
-        return None if self.channel is None else self.ask(code="", name=name).value
-
-    def ask(self, **request: Any) -> Outcome:
-        """Have the child carry out a request, and meanwhile execute its tool calls, all before the deadline."""
+        if problem := text_problem(code):
+            return Outcome("", f"the code {problem}")
+        request = {"code": code, "name": name, "arguments": arguments}
         if self.channel is None:
             request["tools"] = list(self.environment.tools()) if self.environment else []
         try:
@@ -657,7 +650,7 @@ class Session(contextlib.AbstractContextManager):
         except ValueError as error:
             return Outcome("", f"the arguments cannot reach the code: {error}")
         if self.channel is None:
-            self.server, self.pid, self.channel = self.jail.fork(self.replica)
+            self.control, self.pid, self.channel = self.server.child()
         deadline = time.monotonic() + self.jail.seconds
         try:
             for calls in itertools.count(1):
@@ -747,45 +740,62 @@ def as_answer(value: Any) -> Any:
 
 
 def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
-    """Return the verdict of a task on an environment's state and a final answer; the state stays as it is."""
-    before = pickle.loads(pickle.dumps(environment.state))  # a copy, faster than deepcopy
+    """Return the verdict of a task on an environment's state and a final answer; the state stays as it is.
+
+    Many rollouts of a task end alike: the jail remembers each True and False, and is not asked the same thing twice.
+    """
+    before, answer = pickle.dumps(environment.state), as_answer(answer)
+    question = hashlib.sha256(pickle.dumps([task.env, task.seed, task.evaluate, before, answer, replica])).digest()
+    if question in jail.verdicts:
+        return Verdict(jail.verdicts[question])
     with jail.session(environment, replica) as session:
-        outcome = session.run(task.evaluate, "evaluate", [as_answer(answer)])
-    if environment.state != before:
-        environment.state = before
+        outcome = session.run(task.evaluate, "evaluate", [answer])
+    if environment.state != (untouched := pickle.loads(before)):
+        environment.state = untouched
         return Verdict(False, "evaluate changed the state, at which it may only look")
     if outcome.error is None and outcome.value is not True and outcome.value is not False:
         return Verdict(False, f"evaluate returned {str(outcome.value)[:80]!r} instead of True or False")
+    if outcome.error is None:
+        jail.verdicts[question] = outcome.value
     return Verdict(outcome.value is True, outcome.error)
 
 
-def attempt(jail: Jail, task: CodeAsTask, replica: int, what: str, code: str | None) -> bool:
-    """Return whether code passes the task from a fresh state; raises TaskError at stage "runs" if code breaks.
+def run_from_reset(jail: Jail, task: CodeAsTask, replica: int, what: str, code: str) -> tuple[Environment, Any]:
+    """Return the environment and the answer that code leaves from a fresh state; raises TaskError if it breaks."""
+    environment = make_environment(task.env, task.seed)
+    with jail.session(environment, replica) as session:
+        outcome = session.run(code, "result")
+    if outcome.error is not None:
+        raise TaskError("runs", f"{what} does not run:\n{outcome.error}")
+    return environment, outcome.value
 
-    No code is the attempt that does nothing, and whose answer is None: an evaluation that stumbles over
-    that has not passed it, and more is not asked of it.
-    """
-    environment, outcome = make_environment(task.env, task.seed), Outcome("", None)
-    if code is not None:
-        with jail.session(environment, replica) as session:
-            outcome = session.run(code, "result")
-        if outcome.error is not None:
-            raise TaskError("runs", f"{what} does not run:\n{outcome.error}")
-    verdict = evaluate(jail, task, environment, outcome.value, replica)
-    if code is not None and verdict.reason:
+
+def passes(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: Environment, answer: Any) -> bool:
+    """Return whether the evaluation passes a state and an answer; raises TaskError if it breaks there."""
+    verdict = evaluate(jail, task, environment, answer, replica)
+    if verdict.reason:
         raise TaskError("runs", f"the evaluation does not run after {what}:\n{verdict.reason}")
     return verdict.passed
 
 
 def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
-    """Raise TaskError unless all code runs, the solution passes, and neither a failure case nor doing nothing does."""
-    solved = attempt(jail, task, replica, "the example solution", task.solution)
-    failures = {f"failure case {number}": code for number, code in enumerate(task.failures, start=1)}
-    passing = [what for what, code in failures.items() if attempt(jail, task, replica, what, code)]
+    """Raise TaskError unless all code runs, the solution passes, and neither a failure case nor doing nothing does.
+
+    To do nothing is to leave a fresh state and the answer None: an evaluation that stumbles over that has not passed it.
+    """
+    what, passing = "the example solution", []
+    solved = passes(jail, task, replica, what, *run_from_reset(jail, task, replica, what, task.solution))
+    for code in dict.fromkeys(task.failures):  # models repeat themselves
+        what = f"failure case {task.failures.index(code) + 1}"
+        left = run_from_reset(jail, task, replica, what, code)
+        if solved and passes(jail, task, replica, what, *left):
+            passing.append(what)
     if not solved:
         raise TaskError("solution", "the example solution does not pass the evaluation")
-    if passing or attempt(jail, task, replica, "doing nothing", None):
-        raise TaskError("failures", f"{(passing or ['doing nothing'])[0]} passes the evaluation, but must fail it")
+    if not passing and evaluate(jail, task, make_environment(task.env, task.seed), None, replica).passed:
+        passing.append("doing nothing")
+    if passing:
+        raise TaskError("failures", f"{passing[0]} passes the evaluation, but must fail it")
 
 
 def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:

@@ -74,7 +74,8 @@ def on(cores: set[int], work: Callable[[Jail], object]) -> float:
 
 
 def judge_file(jail: Jail, tasks: list[CodeAsTask], workers: int) -> None:
-    """Judge tasks, all of which must be kept."""
+    """Judge tasks, all of which must be kept, as if none had been judged before."""
+    jail.verdicts.clear()
     assert all(judgement.ok for judgement in judge_many(jail, tasks, workers))
 
 

@@ -48,7 +48,7 @@ def check_honestly(jail):
     for replica in (0, 1):
         with jail.session(make_environment("calculator", SEED), replica) as session:
             assert session.run("result = amount('tea')\nprint('tea', result)").printed == f"tea {TEA}\n"
-            assert session.value("result") == TEA
+            assert session.run("pass", "result").value == TEA
 
 
 def settled(jail):
@@ -158,16 +158,16 @@ i = collections.OrderedDict(x=collections.defaultdict(int, y=1)); j = 'x' * 10**
 """
     with jail.session(None) as session:
         assert session.run(code).error is None
-        assert session.value("a") == [1, [2.5, "ä", None, True]] and session.value("i") == {"x": {"y": 1}}
-        assert [session.value(name) for name in "bcdefgh"] == [None] * 7 and session.value("nothing") is None
-        assert session.value("j") is None
+        assert session.run("pass", "a").value == [1, [2.5, "ä", None, True]] and session.run("pass", "i").value == {"x": {"y": 1}}
+        assert [session.run("pass", name).value for name in "bcdefgh"] == [None] * 7 and session.run("pass", "nothing").value is None
+        assert session.run("pass", "j").value is None
 
 
 def test_after_a_timeout_the_session_goes_on_without_its_variables(jail):
     with jail.session(make_environment("calculator", SEED)) as session:
         session.run("x = 1")
         assert "variables of earlier actions are lost" in session.run("while True: pass").error
-        assert session.value("x") is None
+        assert session.run("pass", "x").value is None
         assert "NameError" in session.run("print(x)").error
         assert session.run("print(amount('tea'))").printed == f"{TEA}\n"
 
@@ -177,7 +177,7 @@ def test_hundreds_of_sessions_can_be_open_at_once(jail):
         sessions = [stack.enter_context(jail.session(make_environment("calculator", SEED), i)) for i in range(300)]
         for number, session in enumerate(sessions):
             assert session.run(f"number = {number}").error is None
-        assert [session.value("number") for session in sessions] == list(range(300))
+        assert [session.run("pass", "number").value for session in sessions] == list(range(300))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -674,7 +674,7 @@ def test_an_executor_leaves_nothing_behind_that_reaches_the_evaluation(jail):
     environment = make_environment("calculator", SEED)
     with jail.session(environment) as session:
         session.run(ATTACK_ON_EVALUATE)
-        assert evaluate(jail, task_with(evaluation), environment, session.value("result")).passed is False
+        assert evaluate(jail, task_with(evaluation), environment, session.run("pass", "result").value).passed is False
 
 
 def test_an_executor_cannot_write_a_verdict(jail):
@@ -682,7 +682,7 @@ def test_an_executor_cannot_write_a_verdict(jail):
     environment = make_environment("calculator", SEED)
     with jail.session(environment) as session:
         session.run(f"import os\nfor fd in range(3, 16):\n    try: os.write(fd, {FORGED!r})\n    except OSError: pass")
-        answer = session.value("result")  # and its answer may be whatever it likes
+        answer = session.run("pass", "result").value  # and its answer may be whatever it likes
     assert evaluate(jail, task_with("def evaluate(answer): return answer == 5"), environment, answer).passed is False
 
 
@@ -705,7 +705,7 @@ def test_data_at_the_limit_of_nesting_never_harms_the_parent(jail, depth):
     environment = make_environment("calculator", SEED)
     with jail.session(environment) as session:
         assert session.run(code).error is None
-        answer = session.value("result")
+        answer = session.run("pass", "result").value
         assert session.run("add(result, 1)").error
     assert verdict(jail, "def evaluate(answer): return False", answer).passed is False
     task = CodeAsTask("calculator", SEED, "x", "def evaluate(answer): return False", code, [code] * 3)
@@ -784,6 +784,27 @@ def test_an_evaluation_that_depends_on_its_process_is_rejected(jail):
     assert judge(jail, task_with(evaluation)).ok is False
 
 
+def test_a_verdict_is_remembered_for_an_equal_question_alone(jail, monkeypatch):
+    task = task_with("def evaluate(answer): return answer == 1  # asked by this test alone")
+    world = make_environment("calculator", SEED)
+    assert evaluate(jail, task, world, 1).passed is True and evaluate(jail, task, world, 2).passed is False
+    monkeypatch.setattr(ForkServer, "child", lambda self: pytest.fail("a child was asked for"))
+    assert evaluate(jail, task, make_environment("calculator", SEED), "1").passed is True  # the same question
+    world.state["tea"] += 1
+    for question in [(task, make_environment("calculator", SEED), 1.0), (task, world, 1), (task, make_environment("calculator", SEED), 1, 1),
+                     (task_with("def evaluate(answer): return answer == 1  # or so"), make_environment("calculator", SEED), 1)]:
+        with pytest.raises(pytest.fail.Exception):
+            evaluate(jail, *question)
+
+
+@pytest.mark.parametrize("evaluation", ["def evaluate(): return 1 / 0", "def evaluate(): return 1", "import os; os._exit(0)"])
+def test_what_is_no_verdict_is_not_remembered(jail, evaluation):
+    remembered = dict(jail.verdicts)
+    for _ in range(2):
+        assert verdict(jail, evaluation).reason
+    assert jail.verdicts == remembered
+
+
 def test_replicas_differ_in_their_seeds_and_each_repeats_itself(jail):
     def draw(replica):
         with jail.session(None, replica) as session:
@@ -818,9 +839,12 @@ def test_sessions_of_a_dead_server_end_in_a_sentence(jail):
 
 
 def test_servers_that_keep_ending_are_a_sentence(jail, monkeypatch):
-    monkeypatch.setattr(ForkServer, "child", lambda self: (_ for _ in ()).throw(ConnectionError("ended")))
+    monkeypatch.setattr("verify.inside", lambda statement: [sys.executable, "-I", "-S", "-c", "pass"])
+    jail.servers[0].process.kill()
     with pytest.raises(JailError, match="out of memory or processes"):
         run(jail, "x = 1")
+    monkeypatch.undo()
+    assert run(jail, "print(1)").printed == "1\n"
 
 
 def test_where_calls_cannot_be_filtered_a_flag_is_needed(monkeypatch):
@@ -848,7 +872,7 @@ def test_a_closed_jail_says_so():
 
 def test_the_server_ends_its_children_and_itself_when_the_parent_lets_go():
     server = ForkServer(seed=1, strong=True)
-    pid, channel = server.child()
+    _, pid, channel = server.child()
     server.control.close()
     assert server.process.wait(timeout=10) == 0
     assert not os.path.exists(f"/proc/{pid}")
@@ -857,8 +881,8 @@ def test_the_server_ends_its_children_and_itself_when_the_parent_lets_go():
 
 def test_a_server_that_is_killed_takes_its_children_along():
     server = ForkServer(seed=1, strong=True)
-    pid, channel = server.child()
-    channel.sendall(b'{"code": "while True: pass"}\n')
+    _, pid, channel = server.child()
+    channel.sendall(b'{"code": "while True: pass", "name": "", "arguments": null}\n')
     server.process.kill()
     server.stop()
     channel.settimeout(10)
