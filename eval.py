@@ -1,6 +1,7 @@
 """Measuring a policy: held-out suites, pass@k and pass^k with their errors, the baselines beside them, the report.
 
     python eval.py --suite calculator shop --policy tiny --adapter runs/first/adapter
+    python eval.py --suite retail --tau-bench PATH --policy reference
     python eval.py --report runs/first              (rebuilds runs/first/report.html)
 
 Like the paper (section 4) we report Pass@1 averaged over four trials, and Pass@4. Departures, and why:
@@ -9,8 +10,13 @@ Like the paper (section 4) we report Pass@1 averaged over four trials, and Pass@
 * greedy decoding is measured too. Training sharpens a policy, which lifts the sampled Pass@1 even where
   nothing new was learnt; the most likely behaviour shows whether something was.
 * pass^4 of TauBench stands beside Pass@4: whether all four trials succeed, that is, whether one can rely on it.
+* an episode whose simulated user failed (an endpoint that is down) is left out and counted, not scored 0.
+* M3ToolEval's check accepts 68 for 68.71 and refuses some right answers: a tolerant check is reported beside it.
 * two baselines stand beside every suite: doing nothing, which finds tasks that need no work, and the replayed
   reference solution, which finds tasks that cannot be solved.
+
+The toy suites are tasks like any other. Those of the paper are judged by the benchmarks' own rules, in this process:
+the code that a model writes never sees a reference answer.
 
 Read next: selfchallenge.py, which measures before and after training; before: rl.py, which plays the episodes.
 """
@@ -19,31 +25,87 @@ import json
 import math
 import re
 import sys
+import threading
 from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from rl import Executor, Policy, add_rollout_options, load_policy, record, rollout, rollout_limits, seeded
-from tools import make_environment
-from verify import CodeAsTask, Jail, evaluate, guarded
+from rl import (
+    Executor,
+    Policy,
+    Trajectory,
+    add_rollout_options,
+    append_lines,
+    executor,
+    load_policy,
+    open_benchmarks,
+    record,
+    rollout,
+    rollout_limits,
+    seeded,
+    versions,
+)
+from tools import ENVIRONMENTS, BenchmarkEnvironment, make_environment
+from verify import CodeAsTask, Jail, Verdict, evaluate, guarded
 
 HERE = Path(__file__).resolve().parent
-SUITES = ("calculator", "shop")
+SUITES = ("calculator", "shop")  # the toy suites, which need no download
+PAPER = {  # table 1 of the paper: Pass@1 averaged over four trials, and Pass@4, in per cent
+    "Llama-3.1-8B-Instruct": {"calculation": (20.3, 43.8), "web": (16.2, 42.1), "retail": (8.9, 15.7), "airline": (2.5, 10.0)},
+    "... after self-challenging": {"calculation": (31.8, 62.5), "web": (44.9, 67.6), "retail": (13.0, 25.2), "airline": (4.2, 10.0)},
+    "... one model for all": {"calculation": (30.7, 58.3), "web": (45.6, 67.6), "retail": (11.3, 23.5), "airline": (4.2, 10.0)},
+    "... after distillation": {"calculation": (43.2, 72.9), "web": (50.0, 82.4), "retail": (28.9, 48.7), "airline": (6.7, 23.3)},
+    "Llama-3.1-70B-Instruct": {"calculation": (57.3, 79.2), "web": (64.0, 79.4), "retail": (34.6, 56.5), "airline": (9.2, 20.0)},
+}
 
 
-def load_suite(name: str) -> list[CodeAsTask]:
-    """Return the hand-written tasks of a suite, which occur nowhere in training; raises ValueError if it is unknown."""
-    if name not in SUITES:
-        raise ValueError(f"unknown suite {name!r}: choose from {', '.join(SUITES)}")
-    lines = (HERE / "tiny" / f"held_out_{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [CodeAsTask.from_json(line) for line in lines]
+@dataclass(frozen=True)
+class BenchmarkTask:
+    """A held-out task of a benchmark, which judges it by its own rules; the reference stays with the environment's class."""
+
+    env: str
+    seed: int
+    instruction: str
+    number: int  # among the environment's `held_out`
+    group: str   # a row of its own in the table, such as a domain of Calculation; "" for none
+
+
+def load_suite(name: str, airline: str = "paper") -> list[CodeAsTask | BenchmarkTask]:
+    """Return the tasks of a suite, which occur nowhere in training; raises ValueError if it is unknown or not at hand.
+
+    Of the benchmark's 50 tasks for Airline the paper leaves out the 20 whose reference writes nothing; "all" keeps them.
+    """
+    if name not in ENVIRONMENTS:
+        raise ValueError(f"unknown suite {name!r}: choose from {', '.join(ENVIRONMENTS)}")
+    if name in SUITES:
+        lines = (HERE / "tiny" / f"held_out_{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        return [CodeAsTask.from_json(line) for line in lines]
+    world = make_environment(name)
+    tasks = []
+    for number, task in enumerate(world.held_out):
+        seed, group = world.place(number)
+        tasks.append(BenchmarkTask(name, seed, task.instruction, number, group))
+    return [task for task in tasks if world.writes(task.number)] if name == "airline" and airline == "paper" else tasks
+
+
+def judge_benchmark(jail: Jail, task: BenchmarkTask, environment: BenchmarkEnvironment, answer: Any, replica: int = 0) -> Verdict:
+    """Return the benchmark's own verdict; no code that a model wrote runs for it."""
+    return Verdict(environment.passes(task.number, answer))
+
+
+def judge_of(task: CodeAsTask | BenchmarkTask) -> Callable[..., Verdict]:
+    """Return what judges a task: its own evaluation in the jail, or its benchmark."""
+    return judge_benchmark if isinstance(task, BenchmarkTask) else evaluate
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -77,30 +139,39 @@ def summarize(rewards: torch.Tensor, greedy: torch.Tensor) -> dict:
     """Return a suite's numbers from 0/1 rewards [tasks, trials] at temperature 1 and `greedy` [tasks].
 
     Each metric is a fraction, a mean over tasks, with its standard error beside it as "<metric>_se"; "n" counts
-    the tasks. With fewer than four trials there is no "pass@4" and no "pass^4".
+    the tasks. With fewer than four trials there is no "pass@4" and no "pass^4". NaN is a trial that does not count.
+    Raises ValueError if none counts.
     """
-    trials = rewards.shape[1]
-    successes = [int(count) for count in rewards.sum(1).tolist()]  # of each task
-    values = {"pass@1": [count / trials for count in successes], "greedy": greedy.tolist()}
-    if trials >= 4:
-        values["pass@4"] = [pass_at_k(trials, count, 4) for count in successes]
-        values["pass^4"] = [pass_all_k(trials, count, 4) for count in successes]
+    trials = [[reward for reward in row if not math.isnan(reward)] for row in rewards.tolist()]  # of each task
+    counts = [(len(row), int(sum(row))) for row in trials if len(row) >= 4]
+    values = {
+        "pass@1": [fmean(row) for row in trials if row],
+        "greedy": [reward for reward in greedy.tolist() if not math.isnan(reward)],
+        "pass@4": [pass_at_k(n, c, 4) for n, c in counts],
+        "pass^4": [pass_all_k(n, c, 4) for n, c in counts],
+    }
+    if not values["pass@1"]:
+        raise ValueError("no episode counts, because the simulated user always failed: is its endpoint up?")
+    values = {metric: per_task for metric, per_task in values.items() if per_task}
     means = {metric: fmean(per_task) for metric, per_task in values.items()}
     errors = {f"{metric}_se": standard_error(per_task) for metric, per_task in values.items()}
-    return {**means, **errors, "n": len(successes)}
+    failed = sum(rewards.shape[1] - len(row) for row in trials)
+    return {**means, **errors, "n": len(trials)} | ({"user_failed": failed} if failed else {})
 
 
 # ---------------------------------------------------------------------------------------------------
 # what is measured: two baselines, and a policy
 
-def play_nothing(jail: Jail, task: CodeAsTask) -> bool:
+def play_nothing(jail: Jail, task: CodeAsTask | BenchmarkTask) -> bool:
     """Whether an agent that does nothing, and answers None, passes the task. In a sound suite none does."""
-    return evaluate(jail, task, make_environment(task.env, task.seed), None).passed
+    return judge_of(task)(jail, task, make_environment(task.env, task.seed), None).passed
 
 
-def play_reference(jail: Jail, task: CodeAsTask) -> bool:
-    """Whether the task's own solution, run as an executor's code would be, passes. In a sound suite all do."""
+def play_reference(jail: Jail, task: CodeAsTask | BenchmarkTask) -> bool:
+    """Whether the task's own solution, or the benchmark's reference, passes. In a sound suite all do."""
     environment = make_environment(task.env, task.seed)
+    if isinstance(task, BenchmarkTask):
+        return judge_benchmark(jail, task, environment, environment.solve(task.number)).passed
     with jail.session(environment) as session:
         outcome = session.run(task.solution, "result")
     return outcome.error is None and evaluate(jail, task, environment, outcome.value).passed
@@ -109,45 +180,88 @@ def play_reference(jail: Jail, task: CodeAsTask) -> bool:
 BASELINES = {"nothing": play_nothing, "reference": play_reference}
 
 
-def with_baselines(results: dict, jail: Jail, tasks: list[CodeAsTask]) -> dict:
+def with_baselines(results: dict, jail: Jail, tasks: list) -> dict:
     """Return a suite's numbers with the fraction of its tasks that each baseline passes."""
     with ThreadPoolExecutor(2) as workers:
         played = {name: list(workers.map(partial(play, jail), tasks)) for name, play in BASELINES.items()}
     return results | {name: fmean(passed) for name, passed in played.items()}
 
 
-def evaluate_baseline(name: str, jail: Jail, names: list[str], trials: int = 4) -> dict[str, dict]:
+def evaluate_baseline(name: str, jail: Jail, suites: dict[str, list], trials: int = 4) -> dict[str, dict]:
     """Return {suite: numbers} of a baseline, in the form of `evaluate_policy`; all its trials are alike."""
     results = {}
-    for suite in names:
-        tasks = load_suite(suite)
+    for suite, tasks in suites.items():
         passed = torch.tensor([float(BASELINES[name](jail, task)) for task in tasks])  # [tasks]
-        results[suite] = with_baselines(summarize(passed[:, None].expand(-1, trials), passed), jail, tasks)
+        results[suite] = numbers_of(jail, tasks, passed[:, None].expand(-1, trials), passed)
     return results
 
 
+def numbers_of(jail: Jail, tasks: list, sampled: torch.Tensor, greedy: torch.Tensor, tolerant: tuple | None = None) -> dict:
+    """Return a suite's numbers from rewards [tasks, trials] and [tasks]: in all, in "groups", and of the baselines.
+
+    `tolerant` are the rewards of M3ToolEval's tolerant check, in the same two shapes.
+    """
+    groups = {"tolerant check": summarize(*tolerant)} if tolerant else {}
+    for group in dict.fromkeys(task.group for task in tasks if isinstance(task, BenchmarkTask) and task.group):
+        rows = [row for row, task in enumerate(tasks) if task.group == group]
+        groups[group] = summarize(sampled[rows], greedy[rows])
+    numbers = with_baselines(summarize(sampled, greedy), jail, tasks)
+    return numbers | ({"groups": groups} if groups else {}) | ENVIRONMENTS[tasks[0].env].provenance()
+
+
 def evaluate_policy(
-    policy: Policy, jail: Jail, names: list[str], seed: int, trials: int = 4, label: str = "evaluate", **rollout_options: int
+    policy: Policy, jail: Jail, suites: dict[str, list], seed: int, trials: int = 4, label: str = "evaluate",
+    finished: Iterable[dict] = (), write: Callable[[dict], None] = lambda line: None, **rollout_options: Any,
 ) -> tuple[dict[str, dict], list[dict]]:
-    """Play every task of the suites `trials` times at temperature 1 and once greedily; return numbers and records.
+    """Play every task of {suite: tasks} `trials` times at temperature 1 and once greedily; return numbers and records.
 
     The numbers are {suite: summarize(...) and the baselines}; they do not depend on which other suites are played.
-    The records are the episodes as lines of trajectories.jsonl (`rl.record`) of the phase `label`, each with
-    "greedy". `rollout_options` (parallel, turn_tokens, context) go to `rl.rollout`.
+    The records are the episodes as lines of trajectories.jsonl (`rl.record`) of the phase `label`, each with "greedy",
+    "task" and "trial". Each goes to `write` as it ends; those in `finished` are not played again. `rollout_options`
+    (parallel, turn_tokens, context, user) go to `rl.rollout`.
     """
     results, records = {}, []
-    for suite in names:
-        tasks, rewards = load_suite(suite), []
+    for suite, tasks in suites.items():
         with tqdm(total=len(tasks) * (trials + 1), desc=f"{label} {suite}", unit="episode", dynamic_ncols=True) as bar:
-            for temperature, repeats in [(1.0, trials), (0.0, 1)]:
-                episodes = [Executor(jail, task) for task in tasks for _ in range(repeats)]
+            def play(temperature: float, repeats: int) -> list[dict]:
+                before = {(line["task"], line["trial"]): line for line in finished
+                          if line["env"] == suite and line["greedy"] == (temperature == 0)}
+                bar.update(len(before))
                 generator = seeded(policy.device, seed, "evaluate", suite)
-                trajectories = rollout(policy, episodes, generator, temperature, bar=bar, **rollout_options)
-                rewards.append(torch.tensor([t.reward for t in trajectories]).view(len(tasks), repeats))
-                records += [{**record(label, None, e, t), "greedy": temperature == 0} for e, t in zip(episodes, trajectories)]
-        sampled, greedy = rewards  # [tasks, trials], [tasks, 1]
-        results[suite] = with_baselines(summarize(sampled, greedy[:, 0]), jail, tasks)
+                return play_trials(policy, jail, tasks, temperature, repeats, generator, label, before, write, bar=bar, **rollout_options)
+
+            sampled, greedy = play(1.0, trials), play(0.0, 1)
+        rewards = [as_tensor(lines, "reward", len(tasks)) for lines in (sampled, greedy)]  # [tasks, trials], [tasks, 1]
+        second = [as_tensor(lines, "tolerant", len(tasks)) for lines in (sampled, greedy)] if "tolerant" in sampled[0] else None
+        results[suite] = numbers_of(jail, tasks, rewards[0], rewards[1][:, 0], second and (second[0], second[1][:, 0]))
+        records += sampled + greedy
     return results, records
+
+
+def play_trials(
+    policy: Policy, jail: Jail, tasks: list, temperature: float, repeats: int, generator: torch.Generator, label: str,
+    lines: dict, write: Callable[[dict], None], **rollout_options: Any,
+) -> list[dict]:
+    """Play each task `repeats` times, but for what is in {(task, trial): record}; return the records, task by task."""
+    def keep(place: tuple, episode: Executor, trajectory: Trajectory) -> None:
+        number, trial = place
+        lines[place] = {**record(label, None, episode, trajectory), "greedy": temperature == 0, "task": number, "trial": trial}
+        if hasattr(episode.environment, "passes_tolerantly"):
+            lines[place]["tolerant"] = float(episode.environment.passes_tolerantly(tasks[number].number, episode.final))
+        write(lines[place])
+
+    places = [(number, trial) for number in range(len(tasks)) for trial in range(repeats)]
+    missing = [place for place in places if place not in lines]
+    episodes = [executor(jail, tasks[number], judge_of(tasks[number])) for number, _ in missing]
+    for place, episode in zip(missing, episodes):
+        episode.when_over = partial(keep, place)
+    rollout(policy, episodes, generator, temperature, **rollout_options)
+    return [lines[place] for place in places]
+
+
+def as_tensor(lines: list[dict], key: str, tasks: int) -> torch.Tensor:
+    """Return a number of each record as [tasks, trials]; NaN stands for none."""
+    return torch.tensor([math.nan if line[key] is None else line[key] for line in lines]).view(tasks, -1)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -186,15 +300,21 @@ def result_rows(before: dict[str, dict], after: dict[str, dict] | None) -> list[
     """Return the table's rows, a cell for each of COLUMNS: one a suite, or one before and one after training."""
     phases = [("", before)] if after is None else [(" before", before), (" after", after)]
     return [
-        [suite + when, *(percent(results[suite], m) for m in METRICS), str(results[suite].get("n", "–")),
-         *(percent(results[suite], baseline) for baseline in BASELINES)]
+        [name, *(percent(numbers, m) for m in METRICS), str(numbers.get("n", "–")), *(percent(numbers, baseline) for baseline in BASELINES)]
         for suite in dict.fromkeys([*before, *(after or {})]) for when, results in phases if suite in results
+        for name, numbers in [(suite + when, results[suite]), *((f"- {group}", n) for group, n in results[suite].get("groups", {}).items())]
     ]
+
+
+def paper_rows(suites: Iterable[str]) -> list[list[str]]:
+    """Return the paper's own results on these suites as rows of the table, below which they stand."""
+    return [[f"paper: {model}, {suite}", f"{values[suite][0]:.1f}", f"{values[suite][1]:.1f}", *["–"] * (len(COLUMNS) - 3)]
+            for suite in suites for model, values in PAPER.items() if suite in values]
 
 
 def format_table(before: dict[str, dict], after: dict[str, dict] | None = None) -> str:
     """Return {suite: numbers} as a table of text in per cent; with `after`, each suite before and after training."""
-    rows = [COLUMNS, *result_rows(before, after)]
+    rows = [COLUMNS, *result_rows(before, after), *paper_rows(before)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([*lines, "(per cent of the tasks, ± one standard error)"])
@@ -434,29 +554,58 @@ SECTIONS
 # the command line
 
 def measure(arguments: argparse.Namespace) -> dict[str, dict]:
-    """Return {suite: numbers} of the policy that the command line asks for."""
+    """Return {suite: numbers} of the policy that the command line asks for, each with the setting in which it was measured."""
     if arguments.trials < 1:
         raise ValueError("--trials must be at least 1")
-    for name in arguments.suite:
-        load_suite(name)  # a wrong name should be noticed before a model is loaded
+    open_benchmarks(arguments)
+    suites = {name: load_suite(name, arguments.airline) for name in arguments.suite}  # a wrong name is noticed before a model is loaded
+    named = ("policy", "adapter", "seed", "trials", "turn_tokens", "context", "user_endpoint", "user_model", "airline")
+    setting = {name: getattr(arguments, name) for name in named} | {"temperature": 1.0, "versions": versions()}
     with Jail(allow_weak=arguments.allow_weak_jail) as jail:
         print(jail.describe(), file=sys.stderr)
         if arguments.policy in BASELINES:
-            return evaluate_baseline(arguments.policy, jail, arguments.suite, arguments.trials)
-        policy = load_policy(arguments.policy, arguments.adapter, seed=arguments.seed)
-        limits = rollout_limits(arguments)
-        return evaluate_policy(policy, jail, arguments.suite, arguments.seed, arguments.trials, **limits)[0]
+            results = evaluate_baseline(arguments.policy, jail, suites, arguments.trials)
+        else:
+            policy = load_policy(arguments.policy, arguments.adapter, seed=arguments.seed)
+            finished, write = continued(arguments.episodes, setting)
+            results, _ = evaluate_policy(policy, jail, suites, arguments.seed, arguments.trials,
+                                         finished=finished, write=write, **rollout_limits(arguments))
+    return {suite: numbers | {"setting": setting} for suite, numbers in results.items()}
+
+
+def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[dict], None]]:
+    """Return the episodes in a file of an interrupted evaluation, if there is one, and the function that appends another.
+
+    The file's first line is the setting. Raises ValueError if it is another one.
+    """
+    if path is None:
+        return [], lambda line: None
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text[:text.rfind("\n") + 1]  # without the half line that a crash may have left
+    lines = [json.loads(line) for line in whole.splitlines()] or [setting]
+    if lines[0] != json.loads(json.dumps(setting)):
+        raise ValueError(f"{str(path)!r} holds the episodes of another evaluation: give --episodes a new file")
+    path.write_text(whole or json.dumps(setting) + "\n", encoding="utf-8")
+    lock = threading.Lock()
+
+    def write(line: dict) -> None:
+        with lock:  # episodes end in several threads
+            append_lines(path, [line])
+
+    return lines[1:], write
 
 
 def main() -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--suite", nargs="+", default=list(SUITES), metavar="NAME", help=f"which suites, from {', '.join(SUITES)}")
+    add("--suite", nargs="+", default=list(SUITES), metavar="NAME", help=f"which suites, from {', '.join(ENVIRONMENTS)}")
     add("--policy", default="tiny", help="a model folder or hub name, or a baseline: nothing or reference")
     add("--adapter", help="the folder of a trained adapter, such as runs/<name>/adapter")
     add("--trials", type=int, default=4, help="sampled trials of each task; at least 4 for Pass@4")
     add("--seed", type=int, default=0, help="of the sampling")
+    add("--airline", default="paper", choices=["paper", "all"], help="the paper's 30 tasks for Airline, or all 50")
+    add("--episodes", type=Path, metavar="FILE", help="write each episode here as it ends; those in it already are not played again")
     add("--json", action="store_true", help="print one JSON object, {suite: numbers}, instead of the table")
     add_rollout_options(parser)
     add("--report", metavar="RUN", type=Path, help="only rebuild report.html in the folder of a run")
@@ -469,7 +618,12 @@ def main() -> int:
         results = measure(arguments)
         print(json.dumps(results) if arguments.json else format_table(results))
 
-    return guarded("eval.py", work, lambda: "nothing was measured")
+    def how_to_go_on() -> str:
+        if not arguments.episodes:
+            return "nothing was measured (with --episodes FILE it could go on from here)"
+        return f"the same command goes on from the episodes in {arguments.episodes}"
+
+    return guarded("eval.py", work, how_to_go_on)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,18 @@ import argparse
 import hashlib
 import json
 import logging
+import math
+import platform
 import random
 import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -38,12 +42,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.cache_utils import DynamicLayer  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-from tools import make_environment  # noqa: E402
-from verify import CodeAsTask, FormatError, Jail, as_answer, evaluate, guarded, observation, parse_step  # noqa: E402
+from tools import ENVIRONMENTS, STOP, endpoint_model, load_benchmarks, make_environment, open_conversation, spoken  # noqa: E402
+from verify import (  # noqa: E402
+    CodeAsTask,
+    FormatError,
+    Jail,
+    Verdict,
+    add_benchmark_options,
+    evaluate,
+    guarded,
+    observation,
+    parse_step,
+)
 
 transformers_logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 MAX_STEPS = 15  # the paper's limit for the executor (section 4)
+User = Callable[[list[list[dict]], torch.Generator], list[str | None]]  # from conversations to the users' next messages
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -167,6 +182,8 @@ class Episode:
 
     max_steps: int
     answers_left = 1
+    asks = False  # whether the agent has just spoken to a simulated user, whose reply goes to `hear`
+    when_over: Callable[["Episode", "Trajectory"], None] | None = None  # is told of the end
 
     def __init__(self, jail: Jail, env: str, seed: int):
         self.jail, self.env, self.seed = jail, env, seed
@@ -174,6 +191,10 @@ class Episode:
         self.session = jail.session(self.environment, replica=seed)
         self.messages: list[dict] = []
         self.reward, self.steps, self.status = 0.0, 0, "running"
+
+    def act(self, code: str) -> str | None:
+        """Run the agent's code in its session; return the next observation, or None at the end of the episode."""
+        return observation(self.session.run(code))
 
     def answer(self, content: str) -> str | None:
         """Take the agent's answer; return the next observation, or None at the end of the episode."""
@@ -188,10 +209,10 @@ class Episode:
             reply = str(reminder)
         else:
             self.answers_left -= step.kind == "answer"
-            reply = observation(self.session.run(step.content)) if step.kind == "action" else self.answer(step.content)
+            reply = self.act(step.content) if step.kind == "action" else self.answer(step.content)
         if reply is None or self.steps < self.max_steps:
             return reply and f"Observation:\n{reply}"
-        self.status = "out of steps"
+        self.status, self.asks = "out of steps", False
         return None
 
     def is_last(self, text: str) -> bool:
@@ -220,10 +241,10 @@ ACTION:
 print(some_tool("an argument"))
 END ACTION
 
-or, when the task is done:
+or, when {when}:
 
 THOUGHT: why it is done END THOUGHT
-ANSWER: the final answer alone, or the word done END ANSWER
+ANSWER: {answer} END ANSWER
 
 You have at most {steps} replies. Look things up; do not invent ids or values.
 
@@ -234,27 +255,96 @@ Tools:
 class Executor(Episode):
     """The executor's episode: it gets a task's instruction, acts, answers, and is rewarded with 0 or 1.
 
-    The reward is the verdict of the task's `evaluate` on the state that the episode leaves, and on the answer.
+    The reward is the verdict of `judge` (of the task's own `evaluate`, unless a benchmark brings another) on the
+    state that the episode leaves, and on the answer.
     """
 
     max_steps = MAX_STEPS
+    when, answer_is = "the task is done", "the final answer alone, or the word done"
 
-    def __init__(self, jail: Jail, task: CodeAsTask):
+    def __init__(self, jail: Jail, task: Any, judge: Callable[..., Verdict] = evaluate):
         super().__init__(jail, task.env, task.seed)
-        self.task = task
+        self.task, self.judge, self.final = task, judge, None  # the final answer
         prompt = EXECUTOR_PROMPT.format(
             env=task.env,
             summary=self.environment.summary,
             steps=MAX_STEPS,
+            when=self.when,
+            answer=self.answer_is,
             documentation=self.environment.documentation(),
         )
         self.messages = [{"role": "system", "content": prompt}, {"role": "user", "content": task.instruction}]
 
-    def answer(self, content: str) -> None:
+    def answer(self, content: Any) -> None:
         """Judge the final answer and the state; the episode ends."""
         self.close()  # first, so that nothing of the executor's code still runs while it is judged
-        verdict = evaluate(self.jail, self.task, self.environment, as_answer(content), replica=self.seed)
+        self.final = content
+        verdict = self.judge(self.jail, self.task, self.environment, content, replica=self.seed)
         self.reward, self.status = float(verdict.passed), "answered"
+
+
+class SupportAgent(Executor):
+    """The executor in a world with a user: only the user knows the instruction, and an ANSWER is a message to the user.
+
+    `asks` says that the agent has spoken: the user's reply goes to `hear` and is the next observation. The episode
+    ends when the user stops or the agent hands over to a human. The final answer is the list of what was said.
+    """
+
+    answers_left = MAX_STEPS + 1  # any number of them
+    when, answer_is = "you want to say something to the customer", "your message; when all is settled, the customer ends it"
+
+    def __init__(self, jail: Jail, task: Any, judge: Callable[..., Verdict] = evaluate):
+        super().__init__(jail, task, judge)
+        self.messages, self.conversation, self.said, self.asks = self.messages[:1], open_conversation(task.instruction), [], True
+
+    def act(self, code: str) -> str | None:
+        reply = super().act(code)
+        return self.end() if self.environment.over else reply
+
+    def answer(self, content: str) -> str:
+        """Say something to the user; the observation is still to come."""
+        self.said.append(content)
+        self.conversation.append({"role": "user", "content": content})
+        self.asks = True
+        return ""
+
+    def hear(self, message: str | None) -> str | None:
+        """Take the user's message, None if the user failed; return the next observation, or None at the end."""
+        self.asks = False
+        if message is None:
+            self.reward, self.status = float("nan"), "user failed"  # which is no fault of the agent's: it does not count
+            return None
+        self.conversation.append({"role": "assistant", "content": message})
+        message = spoken(message)
+        return self.end() if message == STOP else f"Customer:\n{message}"
+
+    def end(self) -> None:
+        """Judge the state and what was said; the episode ends."""
+        self.environment.over = False  # for an evaluation, which looks at the state through the tools
+        super().answer(self.said)
+
+
+def executor(jail: Jail, task: Any, judge: Callable[..., Verdict] = evaluate) -> Executor:
+    """Return the executor's episode of a task, in a conversation where its world has users."""
+    return (SupportAgent if ENVIRONMENTS[task.env].talks else Executor)(jail, task, judge)
+
+
+class UserTurn(Episode):
+    """One message of a simulated user whom a policy plays."""
+
+    max_steps = 1
+
+    def __init__(self, conversation: list[dict]):
+        self.messages, self.reward, self.status = list(conversation), 0.0, "running"
+
+    def step(self, text: str) -> None:
+        self.text = text
+
+    def is_last(self, text: str) -> bool:
+        return True
+
+    def close(self) -> None:
+        """There is no session to end."""
 
 
 @dataclass
@@ -283,26 +373,100 @@ def rollout(
     parallel: int = 256,
     turn_tokens: int = 256,
     context: int = 2048,
+    user: User | None = None,
     bar: tqdm | None = None,
 ) -> list[Trajectory]:
     """Play the episodes to their ends, `parallel` side by side; return their trajectories in the episodes' order.
 
-    temperature 0 is greedy. A turn is cut after `turn_tokens`, an episode ends at `context` tokens.
+    temperature 0 is greedy. A turn is cut after `turn_tokens`, an episode ends at `context` tokens. `user` speaks
+    for the users of conversations; without one, the policy's base model does.
     """
+    user = user or own_user(policy, parallel, turn_tokens, context)
+    trajectories = begin(policy, episodes, user, generator)
+    running = [(episode, trajectory) for episode, trajectory in zip(episodes, trajectories) if episode.status == "running"]
+    if (longest := max((len(trajectory.tokens) for _, trajectory in running), default=0)) >= context:
+        raise PolicyError(f"a prompt of {longest:,} tokens leaves no room in --context {context:,}: raise it")
+    for first in range(0, len(running), parallel):
+        wave, paths = zip(*running[first:first + parallel])
+        play(policy, wave, paths, generator, temperature, turn_tokens, context, user, bar)
+    return trajectories
+
+
+def begin(policy: Policy, episodes: list[Episode], user: User, generator: torch.Generator) -> list[Trajectory]:
+    """Return the trajectories of episodes that have not begun: their prompts, in which a user may speak first."""
+    asked = [episode for episode in episodes if episode.asks]
+    heard = {id(episode): episode.hear(message)
+             for episode, message in zip(asked, user([episode.conversation for episode in asked], generator) if asked else [])}
     trajectories = []
     for episode in episodes:
+        if first := heard.get(id(episode)):
+            episode.messages.append({"role": "user", "content": first})
         prompt = prompt_tokens(policy.tokenizer, episode.messages)
         trajectories.append(Trajectory(prompt, [False] * len(prompt), [0.0] * len(prompt), messages=episode.messages))
-    for first in range(0, len(episodes), parallel):
-        wave = slice(first, first + parallel)
-        play(policy, episodes[wave], trajectories[wave], generator, temperature, turn_tokens, context, bar)
+        if episode.status != "running":  # the user has failed, or wants nothing
+            go_on(policy, episode, trajectories[-1], None, 0)
     return trajectories
+
+
+def rollout_by(
+    model: Callable, policy: Policy, episodes: list[Episode], generator: torch.Generator, context: int = 2048,
+    user: User | None = None, bar: tqdm | None = None, **limits: Any,
+) -> list[Trajectory]:
+    """Play the episodes with another model, such as one behind an endpoint; return them as the policy's tokens.
+
+    The trajectories hold what the policy would have had to sample to write the same text, with log-probabilities 0.
+    An episode whose model fails ends as "model failed" and does not count.
+    """
+    user = user or own_user(policy, len(episodes), limits["turn_tokens"], context)
+    trajectories = begin(policy, episodes, user, generator)
+    running = [i for i, episode in enumerate(episodes) if episode.status == "running"]
+    with ThreadPoolExecutor(2) as workers:
+        while running:
+            texts = model([episodes[i].messages for i in running])
+            steps = {}
+            for i, text in zip(running, texts):
+                if text is None:
+                    episodes[i].reward, episodes[i].status = math.nan, "model failed"
+                    steps[i] = workers.submit(go_on, policy, episodes[i], trajectories[i], None, context)
+                else:
+                    end_of_turn = observation_tokens(policy.tokenizer, "")[:1]
+                    said = policy.tokenizer(defuse(policy.tokenizer, text), add_special_tokens=False).input_ids
+                    trajectories[i].extend(said + end_of_turn, True, [0.0] * (len(said) + 1))
+                    steps[i] = workers.submit(take_step, policy, episodes[i], trajectories[i], text, context)
+            ended = {i for i, step in steps.items() if step.result()}
+            ended |= answer_users(policy, episodes, trajectories, steps, user, generator, context)
+            running = [i for i in running if i not in ended]
+            if bar is not None:
+                bar.update(len(ended))
+    return trajectories
+
+
+def answer_users(policy: Policy, episodes, trajectories, those, user: User, generator: torch.Generator, context: int) -> set[int]:
+    """Let the users of `those` episodes whose agents have spoken reply, all at once; return which episodes end by that."""
+    asked = [i for i in those if episodes[i].asks]
+    messages = user([episodes[i].conversation for i in asked], generator) if asked else []
+    return {i for i, message in zip(asked, messages) if go_on(policy, episodes[i], trajectories[i], episodes[i].hear(message), context)}
+
+
+def own_user(policy: Policy, parallel: int, turn_tokens: int, context: int) -> User:
+    """Return a user whom the policy's own base model plays: without the adapter, so that training does not change it."""
+    def reply(conversations: list[list[dict]], generator: torch.Generator) -> list[str]:
+        turns = [UserTurn(conversation) for conversation in conversations]
+        with policy.model.disable_adapter():
+            rollout(policy, turns, generator, parallel=parallel, turn_tokens=turn_tokens, context=context, user=silence)
+        return [turn.text for turn in turns]
+    return reply
+
+
+def silence(conversations: list[list[dict]], generator: torch.Generator) -> list[str]:
+    """The user of episodes that have none."""
+    raise AssertionError("a user's own turn has no user")
 
 
 @torch.inference_mode()
 def play(
     policy: Policy, episodes: list[Episode], trajectories: list[Trajectory], generator: torch.Generator,
-    temperature: float, turn_tokens: int, context: int, bar: tqdm | None,
+    temperature: float, turn_tokens: int, context: int, user: User, bar: tqdm | None,
 ) -> None:
     """Play all episodes at once: a row of the batch each, whose KV cache lasts from its first turn to its last.
 
@@ -310,7 +474,8 @@ def play(
     the token just sampled, or an observation. They are padded on the left, so every row samples from the last
     column; what is padding in a row stays masked. When a turn of a row has ended, its code runs in the jail
     while the network goes on with the others; when half of the rows wait, they all go on, so that no row waits for
-    the slowest, and those that took their last turn leave: their verdicts are needed only at the end.
+    the slowest, and those that took their last turn leave: their verdicts are needed only at the end. That is also
+    when the users answer, all at once.
     """
     rows = list(range(len(episodes)))  # the episode of each row of the batch
     fed, started, waiting, last = [0] * len(rows), [len(t.tokens) for t in trajectories], {}, {}
@@ -338,6 +503,7 @@ def play(
             idle = [i for i in rows if i in waiting or i in last]
             if 2 * len(idle) >= len(rows):
                 ended = {i for i in idle if i in last or waiting[i].result()}
+                ended |= answer_users(policy, episodes, trajectories, waiting, user, generator, context)
                 for i in waiting:
                     started[i] = len(trajectories[i].tokens)
                 waiting.clear()
@@ -357,9 +523,14 @@ def turn_text(policy: Policy, tokens: list[int]) -> str:
 
 
 def take_step(policy: Policy, episode: Episode, trajectory: Trajectory, text: str, context: int) -> bool:
-    """Hand the text of the agent's turn to its episode, and append the observation; return whether the episode is over."""
+    """Hand the text of the agent's turn to its episode, and append what comes of it; return whether the episode is over."""
     episode.messages.append({"role": "assistant", "content": text})
     reply = episode.step(text)
+    return not episode.asks and go_on(policy, episode, trajectory, reply, context)
+
+
+def go_on(policy: Policy, episode: Episode, trajectory: Trajectory, reply: str | None, context: int) -> bool:
+    """Append an observation, or close the episode if there is none; return whether it is over."""
     if reply is not None:
         episode.messages.append({"role": "user", "content": reply})
         tokens = observation_tokens(policy.tokenizer, reply)
@@ -371,6 +542,9 @@ def take_step(policy: Policy, episode: Episode, trajectory: Trajectory, text: st
         episode.status = "out of context"
     episode.close()
     trajectory.reward, trajectory.status = episode.reward, episode.status
+    if episode.when_over is not None:
+        episode.when_over(episode, trajectory)
+    episode.environment = None  # a database may have megabytes
     return True
 
 
@@ -528,19 +702,25 @@ def train(
     """Train on `tasks`; yield, after each of the steps `first` to options.steps, its metrics and its episodes.
 
     A step draws options.tasks_per_step tasks, plays options.rollouts episodes of each, and takes one gradient
-    step. What it draws depends on options.seed and the step alone. The metrics are a line of metrics.jsonl,
+    step. With options.teacher_endpoint the model there plays them, and the step is one of cross-entropy on all that
+    it wrote, failures included: the paper's distillation. What it draws depends on options.seed and the step alone. The metrics are a line of metrics.jsonl,
     the episodes lines of trajectories.jsonl.
     """
+    teacher = endpoint_model(options.teacher_endpoint, options.teacher_model) if options.teacher_endpoint else None
+    roll = partial(rollout_by, teacher) if teacher else rollout
     bar = tqdm(range(first, options.steps), desc="train", unit="step", dynamic_ncols=True)
     for step in bar:
         started = time.monotonic()
         chosen = random.Random(f"tasks {options.seed} {step}").sample(tasks, min(options.tasks_per_step, len(tasks)))
-        episodes = [Executor(jail, task) for task in chosen for _ in range(options.rollouts)]
+        episodes = [executor(jail, task) for task in chosen for _ in range(options.rollouts)]
         generator = seeded(policy.device, options.seed, "train", step)
-        trajectories = rollout(policy, episodes, generator, **rollout_limits(options))
+        trajectories = roll(policy, episodes, generator, **rollout_limits(options))
         rewards = torch.tensor([t.reward for t in trajectories]).view(len(chosen), options.rollouts)  # [tasks, K]
-        advantage = advantages(rewards, options.baseline).flatten()  # [tasks * K]
+        rewards = torch.where(rewards.isnan(), rewards.nanmean(1, keepdim=True).nan_to_num(), rewards)  # what does not count has A = 0
+        advantage = (torch.ones_like(rewards) if teacher else advantages(rewards, options.baseline)).flatten()  # [tasks * K]
         figures = reinforce_step(policy, optimizer, trajectories, advantage, micro_batch_tokens=options.micro_batch_tokens)
+        if teacher:
+            del figures["mismatch_kl"]  # the policy has not sampled these
         reward, signal = rewards.mean().item(), (rewards != rewards[:, :1]).any(1).float().mean().item()
         speed = sum(map(sum, (t.mask for t in trajectories))) / (time.monotonic() - started)
         bar.set_postfix(reward=f"{reward:.2f}", signal=f"{signal:.2f}", tokens_per_s=f"{speed:.0f}")
@@ -549,8 +729,19 @@ def train(
 
 
 def rollout_limits(options) -> dict:
-    """The limits of a rollout among a run's options."""
-    return {"parallel": options.parallel, "turn_tokens": options.turn_tokens, "context": options.context}
+    """The limits of a rollout among a run's options, and who plays the users."""
+    user = endpoint_model(options.user_endpoint, options.user_model) if options.user_endpoint else None
+    return {"parallel": options.parallel, "turn_tokens": options.turn_tokens, "context": options.context, "user": user}
+
+
+def open_benchmarks(options) -> None:
+    """Load the benchmarks whose checkouts the options name; raises BenchmarkError if one cannot be used."""
+    load_benchmarks(options.m3tooleval, options.tau_bench, options.any_version)
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries on which figures depend."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "bitsandbytes", "peft")}}
 
 
 def record(phase: str, step: int | None, episode: Episode, trajectory: Trajectory) -> dict:
@@ -560,8 +751,8 @@ def record(phase: str, step: int | None, episode: Episode, trajectory: Trajector
         "step": step,
         "env": episode.env,
         "seed": episode.seed,
-        "instruction": episode.messages[1]["content"],
-        "reward": trajectory.reward,
+        "instruction": getattr(episode, "task", None) and episode.task.instruction or episode.messages[1]["content"],
+        "reward": None if math.isnan(trajectory.reward) else trajectory.reward,  # None: it does not count
         "status": trajectory.status,
         "messages": trajectory.messages[1:],
     }
@@ -586,6 +777,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--rollouts", type=int, default=8, help="K, the rollouts of each task in a step")
     add("--baseline", default="leave-one-out", choices=["leave-one-out", "none"], help="none is the paper's rejection fine-tuning")
     add("--learning-rate", type=float, default=3e-3, help="of Adam; 1e-4 suits an 8B model")
+    add("--teacher-endpoint", metavar="URL", help="learn from what the model at this address does, by cross-entropy (distillation)")
+    add("--teacher-model", metavar="NAME", help="the model there")
     add("--rank", type=int, default=8, help="of the LoRA adapter")
     add("--micro-batch-tokens", type=int, default=8192, help="tokens, padding included, of one pass forward and backward")
     add_rollout_options(parser)
@@ -598,6 +791,9 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
     add("--turn-tokens", type=int, default=176, help="a turn is cut after so many tokens")
     add("--context", type=int, default=512, help="an episode ends at so many tokens")
     add("--allow-weak-jail", action="store_true", help="run the model's code even where the jail cannot close files and network")
+    add_benchmark_options(parser)
+    add("--user-endpoint", metavar="URL", help="an OpenAI-compatible address whose model plays the users (its key: OPENAI_API_KEY)")
+    add("--user-model", metavar="NAME", help="the model there; without an endpoint the policy's own base plays the users")
 
 
 def main() -> int:
@@ -611,6 +807,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def work() -> None:
+        open_benchmarks(options)
         tasks = [CodeAsTask.from_json(line) for line in options.tasks.read_text().splitlines()]
         options.out.mkdir(parents=True)
         policy = load_policy(options.model, rank=options.rank, seed=options.seed)

@@ -20,7 +20,6 @@ import itertools
 import json
 import os
 import pickle
-import platform
 import re
 import sys
 import time
@@ -28,13 +27,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from eval import SUITES, evaluate_policy, format_table, load_suite, write_report
+from eval import SUITES, BenchmarkTask, evaluate_policy, format_table, load_suite, write_report
 from rl import (
     Episode,
     Policy,
@@ -42,16 +41,18 @@ from rl import (
     append_lines,
     load_policy,
     make_optimizer,
+    open_benchmarks,
     record,
     rollout,
+    rollout_by,
     rollout_limits,
     seeded,
     train,
+    versions,
 )
-from tools import ENVIRONMENTS, make_environment
+from tools import ENVIRONMENTS, Environment, endpoint_model, make_environment
 from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task
 
-LIBRARIES = ["torch", "transformers", "bitsandbytes", "peft"]
 REJECTED_AT = ["parse", "runs", "solution", "failures", "held-out", "duplicate"]
 
 # ---------------------------------------------------------------------------------------------------
@@ -122,6 +123,74 @@ EXAMPLES = {
             'result = add(multiply(amount("soap"), 8), amount("kite"))',
         ],
     ),
+    "calculation": CodeAsTask(
+        env="calculation",
+        seed=2,
+        instruction="Forty crates of moon dust sell at 12.5 credits each. Convert the total at a rate of 1.5 and add a tariff of "
+        "6 percent of the converted price. What does the trade come to?",
+        evaluate="def evaluate(answer):\n    return isinstance(answer, (int, float)) and abs(answer - 795) < 0.01",
+        solution="price = convert_currency(40 * 12.5, 1.5)\nresult = estimate_final_value(price, calculate_tariff(price, 6))",
+        failures=[
+            "result = convert_currency(40 * 12.5, 1.5)",
+            "price = convert_currency(40 * 12.5, 1.5)\nresult = estimate_final_value(price, calculate_tariff(500, 6))",
+            "price = convert_currency(40 * 12.5, 1.5)\nresult = estimate_final_value(price, 6)",
+        ],
+    ),
+    "web": CodeAsTask(
+        env="web",
+        seed=0,
+        instruction="On which day does the lighthouse close first? Answer with the name of the day.",
+        evaluate='def evaluate(answer):\n    return str(answer).strip().lower() == "sunday"',
+        solution="""\
+click_url("/lighthouse/hours")
+hours = {}
+for line in (view() + scroll_down()).splitlines():
+    if " closes at " in line:
+        day, hour = line.split(" closes at ")
+        hours[day] = float(hour)
+result = [day for day in hours if hours[day] == calculator(str(sorted(hours.values())[0]))][0]""",
+        failures=[
+            'click_url("/lighthouse/hours")\nresult = "Monday"',
+            'click_url("/lighthouse")\nresult = view().splitlines()[0]',
+            'result = "It closes first on a day in winter"',
+        ],
+    ),
+    "retail": CodeAsTask(
+        env="retail",
+        seed=0,
+        instruction="You no longer need the desk lamp that you have ordered and want that order cancelled. Your other order, with the "
+        "tea kettle, has not left yet: it should go to 7 Mill Lane, Suite 2, Denver, CO, 80201, USA. You are in a hurry.",
+        evaluate="""\
+def evaluate():
+    lamp, kettle = get_order_details("#W0000001"), get_order_details("#W0000002")
+    return lamp["status"] == "cancelled" and kettle["status"] == "pending" and kettle["address"]["zip"] == "80201" """.rstrip(),
+        solution="""\
+cancel_pending_order("#W0000001", "no longer needed")
+modify_pending_order_address("#W0000002", "7 Mill Lane", "Suite 2", "Denver", "CO", "USA", "80201")""",
+        failures=[
+            'cancel_pending_order("#W0000001", "no longer needed")',
+            'cancel_pending_order("#W0000002", "no longer needed")',
+            """\
+cancel_pending_order("#W0000001", "no longer needed")
+modify_pending_order_address("#W0000002", "7 Mill Lane", "Suite 2", "Denver", "CO", "USA", "80210")""",
+        ],
+    ),
+    "airline": CodeAsTask(
+        env="airline",
+        seed=0,
+        instruction="You want to cancel your business trip to Boston, because your plans have changed. For your flight to Seattle you "
+        "want two checked bags in all, of which one is not free; pay with the card that you have used for it.",
+        evaluate="""\
+def evaluate():
+    boston, seattle = get_reservation_details("AAAAA1"), get_reservation_details("AAAAA2")
+    return boston["status"] == "cancelled" and seattle["total_baggages"] == 2 and seattle["nonfree_baggages"] == 1""",
+        solution='cancel_reservation("AAAAA1")\nupdate_reservation_baggages("AAAAA2", 2, 1, "credit_card_0000001")',
+        failures=[
+            'cancel_reservation("AAAAA1")',
+            'update_reservation_baggages("AAAAA2", 2, 1, "credit_card_0000001")',
+            'cancel_reservation("AAAAA2")\nupdate_reservation_baggages("AAAAA1", 2, 1, "credit_card_0000001")',
+        ],
+    ),
     "shop": CodeAsTask(
         env="shop",
         seed=0,
@@ -172,7 +241,7 @@ class Challenger(Episode):
         self.answers_left = 1 + revisions
         self.submissions: list[tuple[CodeAsTask | None, Judgement]] = []
         self.messages = [
-            {"role": "system", "content": challenger_prompt(env)},
+            {"role": "system", "content": challenger_prompt(self.environment)},
             {"role": "user", "content": self.environment.starting_point()},
         ]
 
@@ -190,17 +259,16 @@ class Challenger(Episode):
         return f"Rejected at the stage {judgement.stage}: {judgement.reason}\nMend the task."
 
 
-def challenger_prompt(env: str) -> str:
+def challenger_prompt(environment: Environment) -> str:
     """Return the challenger's system message for an environment: format, rules, tools and a worked example."""
-    environment = make_environment(env)
     return CHALLENGER_PROMPT.format(
-        env=env,
+        env=environment.name,
         summary=environment.summary,
         signature="evaluate(answer)" if environment.answered else "evaluate()",
         result=", and leaves the final answer in the variable result" if environment.answered else "",
         judged=JUDGED_BY_ANSWER if environment.answered else JUDGED_BY_STATE,
         documentation=environment.documentation(),
-        example=render_task(EXAMPLES[env]),
+        example=render_task(EXAMPLES[environment.name]),
     )
 
 
@@ -210,9 +278,9 @@ def challenger_prompt(env: str) -> str:
 class HeldOut:
     """The evaluation tasks, and the test that keeps them out of everything that is trained on."""
 
-    def __init__(self, tasks: list[CodeAsTask]):
+    def __init__(self, tasks: list[CodeAsTask | BenchmarkTask]):
         self.tasks = tasks
-        self.parameters = [parameters(task) for task in tasks]
+        self.parameters = [words(task.instruction) if isinstance(task, BenchmarkTask) else parameters(task) for task in tasks]
 
     def leaks(self, instruction: str) -> bool:
         """Whether an instruction names everything that some held-out task is about, in whatever words."""
@@ -333,10 +401,12 @@ def resume_run(folder: Path) -> tuple[Run, argparse.Namespace]:
 def challenge(policy: Policy, optimizer: torch.optim.Optimizer, jail: Jail, held_out: HeldOut, run: Run, options) -> None:
     """Let the model write tasks, `options.parallel` attempts side by side, until options.challenges are made.
 
-    Each last submission goes to tasks.jsonl, or to rejected.jsonl with the stage and the reason. With
+    With options.challenger_endpoint the model there writes them. Each last submission goes to tasks.jsonl, or to rejected.jsonl with the stage and the reason. With
     options.filter off, every task that can be read is kept, whatever the filter says, and nothing is revised:
     the paper's ablation.
     """
+    challenger = endpoint_model(options.challenger_endpoint, options.challenger_model) if options.challenger_endpoint else None
+    play = partial(rollout_by, challenger) if challenger else rollout
     bar = tqdm(total=options.challenges, initial=run.progress["challenges"], desc="challenge", unit="attempt", dynamic_ncols=True)
     while run.progress["challenges"] < options.challenges:
         first = run.progress["challenges"]
@@ -345,16 +415,22 @@ def challenge(policy: Policy, optimizer: torch.optim.Optimizer, jail: Jail, held
             Challenger(jail, options.env[i % len(options.env)], options.seed * 10**5 + i, options.revisions if options.filter else 0)
             for i in attempts
         ]
-        trajectories = rollout(policy, episodes, seeded(policy.device, options.seed, "challenge", first), bar=bar, **rollout_limits(options))
+        generator = seeded(policy.device, options.seed, "challenge", first)
+        trajectories = play(policy, episodes, generator, bar=bar, **rollout_limits(options))
         kept = run.read("tasks.jsonl")
         known = [(task["env"], words(task["instruction"])) for task in kept]
         for episode in episodes:
             verdict = sort_out(episode, known, held_out, options.filter)
-            run.append("tasks.jsonl" if verdict is None else "rejected.jsonl", [verdict or vars(episode.submissions[-1][0])])
+            run.append("tasks.jsonl" if verdict is None else "rejected.jsonl", [verdict or as_kept(episode.submissions[-1][0])])
         run.append("trajectories.jsonl", [record("challenge", first, e, t) for e, t in zip(episodes, trajectories)])
         run.progress["challenges"] = attempts.stop
         run.save(policy, optimizer)
         bar.set_postfix(kept=f"{len(run.read('tasks.jsonl')) / attempts.stop:.2f}")
+
+
+def as_kept(task: CodeAsTask) -> dict:
+    """Return the line for tasks.jsonl of a task that is kept, with its instruction as the executor is to have it."""
+    return {**vars(task), "instruction": make_environment(task.env, task.seed).as_told(task.instruction)}
 
 
 def sort_out(episode: Challenger, known: list, held_out: HeldOut, filtered: bool) -> dict | None:
@@ -378,13 +454,15 @@ def sort_out(episode: Challenger, known: list, held_out: HeldOut, filtered: bool
 
 def play_run(run: Run, options) -> dict:
     """Play all phases that the run has not finished yet; return the summary, which is also written to the folder."""
+    open_benchmarks(options)
     policy = load_policy(options.model, rank=options.rank, seed=options.seed)
     optimizer = make_optimizer(policy, options.learning_rate)
     run.restore(policy, optimizer)
-    held_out = HeldOut([task for name in SUITES for task in load_suite(name)])
+    suites = {name: load_suite(name, options.airline) for name in options.env}
+    held_out = HeldOut([task for name in {**dict.fromkeys(SUITES), **suites} for task in load_suite(name, options.airline)])
     with Jail(allow_weak=options.allow_weak_jail) as jail:
         print(jail.describe())
-        measure("before", policy, optimizer, jail, run, options)
+        measure("before", suites, policy, optimizer, jail, run, options)
         with timed(run, "challenge"):
             challenge(policy, optimizer, jail, held_out, run, options)
         tasks = [CodeAsTask(**task) for task in run.read("tasks.jsonl")]
@@ -398,7 +476,7 @@ def play_run(run: Run, options) -> dict:
                 run.progress["steps"] += 1
                 run.save(policy, optimizer)
         policy.model.save_pretrained(run.folder / "adapter")
-        measure("after", policy, optimizer, jail, run, options)
+        measure("after", suites, policy, optimizer, jail, run, options)
     summary = summarize_run(run, options)
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
     print(format_table(summary["before"], summary["after"]))
@@ -406,13 +484,13 @@ def play_run(run: Run, options) -> dict:
     return summary
 
 
-def measure(phase: str, policy: Policy, optimizer: torch.optim.Optimizer, jail: Jail, run: Run, options) -> None:
+def measure(phase: str, suites: dict[str, list], policy: Policy, optimizer: torch.optim.Optimizer, jail: Jail, run: Run, options) -> None:
     """Evaluate the policy on the held-out tasks, once a run for each phase, before and after."""
     if phase in run.progress["results"]:
         return
     with timed(run, phase):
         results, records = evaluate_policy(
-            policy, jail, options.env, options.seed, options.trials, label=phase, **rollout_limits(options)
+            policy, jail, suites, options.seed, options.trials, label=phase, **rollout_limits(options)
         )
     run.append("trajectories.jsonl", records)
     run.progress["results"][phase] = results
@@ -452,7 +530,7 @@ def summarize_run(run: Run, options) -> dict:
         "filter": filter_counts(run),
         "wall_s": {phase: round(seconds, 1) for phase, seconds in run.progress["wall_s"].items()},
         "peak_memory_bytes": peak_memory(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "versions": versions(),
     }
 
 
@@ -479,6 +557,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--challenges", type=int, default=384, help="attempts of the challenger")
     add("--revisions", type=int, default=1, help="how often a rejected task may be mended")
     add("--no-filter", dest="filter", action="store_false", help="train on every task that can be read (the paper's ablation)")
+    add("--joint", action=argparse.BooleanOptionalAction, default=True, help="one adapter for all environments, or one run for each")
+    add("--airline", default="paper", choices=["paper", "all"], help="measure on the paper's 30 tasks for Airline, or on all 50")
+    add("--challenger-endpoint", metavar="URL", help="let the model at this OpenAI-compatible address write the tasks")
+    add("--challenger-model", metavar="NAME", help="the model there")
     add("--trials", type=int, default=4, help="sampled attempts at each held-out task; at least 4 for Pass@4")
     add_training_options(parser)
     options = parser.parse_args(arguments)
@@ -500,15 +582,24 @@ def open_run(options: argparse.Namespace) -> tuple[Run, argparse.Namespace]:
     return new_run(runs / name, settings), argparse.Namespace(**settings)
 
 
+def separate(options: argparse.Namespace) -> list[argparse.Namespace]:
+    """Return the options of each run: one for all environments, or, with --no-joint, one for each of them."""
+    if options.joint or len(options.env) == 1 or options.resume is not None:
+        return [options]
+    named = [options.name and f"{options.name}-{env}" for env in options.env]
+    return [argparse.Namespace(**{**vars(options), "env": [env], "name": name}) for env, name in zip(options.env, named)]
+
+
 def main() -> int:
     """Run the loop; return the exit status. A user's mistake gets one sentence, and Ctrl-C loses nothing."""
     options = parse_options()
     opened = []
 
     def work() -> None:
-        run, settings = open_run(options)
-        opened.append(run.folder)
-        play_run(run, settings)
+        for part in separate(options):
+            run, settings = open_run(part)
+            opened[:] = [run.folder]
+            play_run(run, settings)
 
     def how_to_go_on() -> str:
         if not opened:

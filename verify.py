@@ -48,7 +48,7 @@ from typing import Any, Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
-from tools import ENVIRONMENTS, Environment, ToolError, make_environment
+from tools import ENVIRONMENTS, Environment, ToolError, load_benchmarks, make_environment
 
 STAGES = ("parse", "runs", "solution", "failures", "ok")  # where a task can end, in the order of the filter
 FAILURE_CASES = range(3, 17)     # how many a task may have: the paper asks for three
@@ -105,6 +105,8 @@ def check_form(task: CodeAsTask) -> None:
     """Raise TaskError at stage "parse" unless each part of the task has the right type and size."""
     if not isinstance(task.env, str) or task.env not in ENVIRONMENTS:
         raise TaskError("parse", f"env must be one of {', '.join(ENVIRONMENTS)}, not {str(task.env)[:80]!r}")
+    if problem := ENVIRONMENTS[task.env].missing():
+        raise TaskError("parse", problem)
     if type(task.seed) is not int or abs(task.seed) >= 2**63:
         raise TaskError("parse", "seed must be a whole number of at most 64 bits")
     if not isinstance(task.failures, list) or len(task.failures) not in FAILURE_CASES:
@@ -866,14 +868,24 @@ def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int
     return status
 
 
+def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the user's checkouts of the benchmarks."""
+    add = parser.add_argument
+    add("--m3tooleval", metavar="PATH", help="a checkout of M3ToolEval, for calculation and web")
+    add("--tau-bench", metavar="PATH", help="a checkout of TauBench, for retail and airline")
+    add("--any-version", action="store_true", help="take the checkouts as they are, whatever their version")
+
+
 def main() -> int:
     """Judge the tasks of a file; return the exit status."""
     parser = argparse.ArgumentParser(description="Judge the tasks in a file: one JSON verdict a line, in the file's order.")
     parser.add_argument("file", help="a file with a task on each line, such as runs/<name>/tasks.jsonl")
     parser.add_argument("--allow-weak-jail", action="store_true", help="run the code even where it cannot be confined")
+    add_benchmark_options(parser)
     options = parser.parse_args()
 
     def work() -> None:
+        load_benchmarks(options.m3tooleval, options.tau_bench, options.any_version)
         with open(options.file, "rb"), Jail(allow_weak=options.allow_weak_jail) as jail:
             print(jail.describe(), file=sys.stderr)
             for judgement in tqdm(judge_many(jail, read_lines(options.file)), unit=" tasks", disable=None):

@@ -134,7 +134,7 @@ def test_a_solution_that_breaks_off_does_not_pass(jail):
 
 
 def test_a_baseline_gets_the_numbers_of_a_policy(jail):
-    numbers = evaluation.evaluate_baseline("reference", jail, ["shop"])["shop"]
+    numbers = evaluation.evaluate_baseline("reference", jail, {"shop": evaluation.load_suite("shop")})["shop"]
     size = len(evaluation.load_suite("shop"))
     assert [numbers[key] for key in ("pass@1", "pass@4", "pass^4", "greedy", "n")] == [1, 1, 1, 1, size]
     assert (numbers["nothing"], numbers["reference"]) == (0, 1)
@@ -144,8 +144,8 @@ def test_a_baseline_gets_the_numbers_of_a_policy(jail):
 def test_a_policy_is_measured_reproducibly_and_with_a_record_of_every_episode(jail):
     policy = evaluation.load_policy("tiny")
     limits = {"context": 160, "turn_tokens": 60}
-    numbers, records = evaluation.evaluate_policy(policy, jail, ["shop"], seed=1, trials=2, label="before", **limits)
-    again, _ = evaluation.evaluate_policy(policy, jail, ["shop"], seed=1, trials=2, label="before", **limits)
+    numbers, records = evaluation.evaluate_policy(policy, jail, {"shop": evaluation.load_suite("shop")}, seed=1, trials=2, label="before", **limits)
+    again, _ = evaluation.evaluate_policy(policy, jail, {"shop": evaluation.load_suite("shop")}, seed=1, trials=2, label="before", **limits)
     size = len(evaluation.load_suite("shop"))
     assert numbers == again and numbers["shop"]["n"] == size
     sampled = [record for record in records if not record["greedy"]]

@@ -8,6 +8,7 @@ import torch
 
 import rl
 from rl import (
+    Episode,
     Executor,
     PolicyError,
     Trajectory,
@@ -302,11 +303,14 @@ def test_a_rollout_is_reproducible_and_does_not_depend_on_the_past(policy, jail,
 
 
 def test_a_rollout_ends_at_the_context(policy, jail):
-    trajectories = rollout(policy, [Executor(jail, TASK)], seeded("cpu", 1), context=1)
+    prompt = len(prompt_tokens(policy.tokenizer, Executor(jail, TASK).messages))
+    trajectories = rollout(policy, [Executor(jail, TASK)], seeded("cpu", 1), context=prompt + 1)
     assert trajectories[0].status in ("out of context", "answered")
+    with pytest.raises(PolicyError, match="raise it"):
+        rollout(policy, [Executor(jail, TASK)], seeded("cpu", 1), context=prompt)
 
 
-class Script:
+class Script(Episode):
     """An episode of a given number of turns, whatever the agent says."""
 
     def __init__(self, turns):

@@ -13,7 +13,7 @@ import pytest
 import selfchallenge
 from eval import SUITES, load_suite
 from selfchallenge import EXAMPLES, Challenger, HeldOut, challenger_prompt, near, parameters, render_task, sort_out, words
-from tools import CUSTOMERS, ENVIRONMENTS
+from tools import CUSTOMERS, ENVIRONMENTS, make_environment
 from verify import CodeAsTask, Jail, Judgement, judge, parse_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,10 +40,10 @@ def command(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProces
 # ---------------------------------------------------------------------------------------------------
 # the challenger
 
-@pytest.mark.parametrize("env", ENVIRONMENTS)
+@pytest.mark.parametrize("env", SUITES)
 def test_the_worked_example_of_the_prompt_passes_the_filter(jail, env):
     assert judge(jail, EXAMPLES[env]).ok
-    assert render_task(EXAMPLES[env]) in challenger_prompt(env)
+    assert render_task(EXAMPLES[env]) in challenger_prompt(make_environment(env))
 
 
 @pytest.mark.parametrize("env", ENVIRONMENTS)
@@ -51,10 +51,10 @@ def test_a_rendered_task_is_read_back_as_it_was(env):
     assert parse_task(render_task(EXAMPLES[env]), env, EXAMPLES[env].seed) == EXAMPLES[env]
 
 
-@pytest.mark.parametrize("env", ENVIRONMENTS)
+@pytest.mark.parametrize("env", SUITES)
 def test_the_challenger_s_prompt_documents_every_tool_and_every_tag(env):
-    prompt = challenger_prompt(env)
-    for name in [*ENVIRONMENTS[env].tools(), "<instruction>", "<evaluation_function>", "<solution>", "<failure_case>"]:
+    prompt = challenger_prompt(make_environment(env))
+    for name in [*make_environment(env).tools(), "<instruction>", "<evaluation_function>", "<solution>", "<failure_case>"]:
         assert name in prompt
 
 
@@ -154,8 +154,8 @@ def test_a_held_out_task_leaks_in_whatever_words(held_out):
 def test_the_prompts_give_no_held_out_task_away(held_out):
     for task in EXAMPLES.values():
         assert not held_out.leaks(task.instruction)
-    for env in ENVIRONMENTS:
-        assert not any(task.instruction in challenger_prompt(env) for task in held_out.tasks)
+    for env in SUITES:
+        assert not any(task.instruction in challenger_prompt(make_environment(env)) for task in held_out.tasks)
 
 
 def test_the_pretraining_corpus_gives_no_held_out_task_away(held_out):
@@ -238,7 +238,9 @@ def test_the_saved_adapter_scores_what_the_trained_policy_scored(whole):
         [sys.executable, str(ROOT / "eval.py"), "--suite", "shop", "--adapter", str(whole / "adapter"), "--trials", "1", "--parallel", "12", "--json"],
         capture_output=True, text=True, timeout=240,
     )
-    assert json.loads(done.stdout) == json.loads((whole / "summary.json").read_text())["after"], done.stderr[-2000:]
+    results = json.loads(done.stdout)
+    assert results["shop"].pop("setting")["adapter"] == str(whole / "adapter")
+    assert results == json.loads((whole / "summary.json").read_text())["after"], done.stderr[-2000:]
 
 
 COMPARED = ["tasks.jsonl", "rejected.jsonl", "metrics.jsonl", "trajectories.jsonl", "adapter/adapter_model.safetensors"]

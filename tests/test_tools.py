@@ -7,7 +7,7 @@ import pytest
 import tools
 from tools import CITIES, CUSTOMERS, ENVIRONMENTS, ITEMS, Calculator, Environment, Shop, ToolError, make_environment, tool
 
-NAMES = list(ENVIRONMENTS)
+NAMES = ["calculator", "shop"]
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_make_environment_names_the_choices():
     assert type(make_environment("calculator")) is Calculator and type(make_environment("shop", 2)) is Shop
     with pytest.raises(ValueError) as caught:
         make_environment("casino")
-    assert all(word in str(caught.value) for word in ["casino", *NAMES])
+    assert all(word in str(caught.value) for word in ["casino", *ENVIRONMENTS])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,18 +88,18 @@ def test_the_registry_and_the_descriptions_agree(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_documentation_shows_every_tool_and_no_self(name):
-    kind = ENVIRONMENTS[name]
-    text = kind.documentation()
+    world = make_environment(name)
+    text = world.documentation()
     assert "self" not in text
-    for tool_name, function in kind.tools().items():
+    for tool_name, function in world.tools().items():
         assert f"{tool_name}(" in text and function.__doc__ in text
     headings = [line.split("(")[0] for line in text.splitlines() if not line.startswith(" ")]
-    assert headings == list(kind.tools())
+    assert headings == list(world.tools())
 
 
 def test_the_tools_are_the_expected_ones():
-    assert list(Calculator.tools()) == ["items", "amount", "add", "subtract", "multiply", "larger"]
-    assert list(Shop.tools()) == ["find_customer", "list_orders", "find_order", "get_order", "stock", "cancel_order",
+    assert list(Calculator().tools()) == ["items", "amount", "add", "subtract", "multiply", "larger"]
+    assert list(Shop().tools()) == ["find_customer", "list_orders", "find_order", "get_order", "stock", "cancel_order",
                                   "return_order", "change_quantity", "change_city"]
 
 
@@ -136,7 +136,7 @@ def test_a_new_environment_needs_only_reset_and_tools():
             raise AssertionError("called")
 
     counter = Counter(5)
-    assert Counter.documentation() == "increase(by: int = 1) -> int\n    Add to the count."
+    assert counter.documentation() == "increase(by: int = 1) -> int\n    Add to the count."
     assert counter.call("increase", [], {}) == 6 and counter.call("increase", [], {"by": 4}) == 10
     assert "not_a_tool" in refusal(counter, "not_a_tool")
 
