@@ -22,10 +22,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import eval as evaluation  # noqa: E402
 import rl  # noqa: E402
+import selfchallenge  # noqa: E402
 import tools  # noqa: E402
 from stand_ins import make_m3tooleval, make_tau_bench  # noqa: E402
 from tools import Airline, BenchmarkError, Calculation, M3ToolEval, Retail, TauBench, ToolError, WebBrowsing  # noqa: E402
-from verify import CodeAsTask, Jail, judge  # noqa: E402
+from verify import CodeAsTask, Jail, judge, parse_task  # noqa: E402
 
 WORLDS = (Calculation, WebBrowsing, Retail, Airline)
 
@@ -206,6 +207,14 @@ def test_a_number_that_is_text_cannot_fill_the_memory(checkouts):
 def test_what_a_foreign_tool_raises_is_a_refusal(checkouts):
     with pytest.raises(ToolError, match="ValueError: there is no hotel in Bonn"):
         Calculation(2).call("hotels", ["Bonn"], {})
+
+
+def test_the_challenger_is_told_of_every_tool_and_sees_a_whole_example(checkouts):
+    for kind in WORLDS:
+        environment, example = kind(2), selfchallenge.EXAMPLES[kind.name]
+        prompt = selfchallenge.challenger_prompt(environment)
+        assert all(f"\n{name}(" in prompt for name in environment.tools())
+        assert parse_task(prompt.partition("A worked example")[2], example.env, example.seed) == example
 
 
 def test_a_table_that_a_tool_hands_out_stays_as_it_is(checkouts, jail):
@@ -485,7 +494,6 @@ def write_task(messages):
     env = messages[0]["content"].split("in the environment ")[1].split(".")[0]
     if len(messages) == 2:
         return "THOUGHT: look END THOUGHT\nACTION:\nprint(1)\nEND ACTION"
-    import selfchallenge
     return f"ANSWER:\n{selfchallenge.render_task(CodeAsTask(env=env, seed=0, **GOOD_TASKS[env]))}\nEND ANSWER"
 
 
