@@ -211,57 +211,60 @@ def numbers_of(jail: Jail, tasks: list, sampled: torch.Tensor, greedy: torch.Ten
 
 def evaluate_policy(
     policy: Policy, jail: Jail, suites: dict[str, list], seed: int, trials: int = 4, label: str = "evaluate",
-    finished: Iterable[dict] = (), write: Callable[[dict], None] = lambda line: None, **rollout_options: Any,
+    finished: Iterable[dict] = (), write: Callable[[dict], None] = lambda line: None, parallel: int = 256, **rollout_options: Any,
 ) -> tuple[dict[str, dict], list[dict]]:
     """Play every task of {suite: tasks} `trials` times at temperature 1 and once greedily; return numbers and records.
 
     The numbers are {suite: summarize(...) and the baselines}; they do not depend on which other suites are played.
     The records are the episodes as lines of trajectories.jsonl (`rl.record`) of the phase `label`, each with "greedy",
-    "task" and "trial". Each goes to `write` as it ends; those in `finished` are not played again. `rollout_options`
-    (parallel, turn_tokens, context, user) go to `rl.rollout`.
+    "task" and "trial". Each goes to `write` as it ends; with those of an interrupted evaluation in `finished` the rest
+    comes out as if it had never been interrupted. `rollout_options` (turn_tokens, context, user) go to `rl.rollout`.
     """
     results, records = {}, []
     for suite, tasks in suites.items():
+        lines = {(line["greedy"], line["task"], line["trial"]): line for line in finished if line["env"] == suite}
         with tqdm(total=len(tasks) * (trials + 1), desc=f"{label} {suite}", unit="episode", dynamic_ncols=True) as bar:
-            def play(temperature: float, repeats: int) -> list[dict]:
-                before = {(line["task"], line["trial"]): line for line in finished
-                          if line["env"] == suite and line["greedy"] == (temperature == 0)}
-                bar.update(len(before))
-                generator = seeded(policy.device, seed, "evaluate", suite)
-                return play_trials(policy, jail, tasks, temperature, repeats, generator, label, before, write, bar=bar, **rollout_options)
+            for greedy, repeats in [(False, trials), (True, 1)]:
+                places = [(greedy, number, trial) for number in range(len(tasks)) for trial in range(repeats)]
+                for first in range(0, len(places), parallel):
+                    play_wave(policy, jail, tasks, places[first:first + parallel], (seed, "evaluate", suite, *[first] * (first > 0)),
+                              label, lines, write, bar, rollout_options)
+                records += [lines[place] for place in places]
 
-            sampled, greedy = play(1.0, trials), play(0.0, 1)
-        rewards = [as_tensor(lines, "reward", len(tasks)) for lines in (sampled, greedy)]  # [tasks, trials], [tasks, 1]
-        second = [as_tensor(lines, "tolerant", len(tasks)) for lines in (sampled, greedy)] if "tolerant" in sampled[0] else None
-        results[suite] = numbers_of(jail, tasks, rewards[0], rewards[1][:, 0], second and (second[0], second[1][:, 0]))
-        records += sampled + greedy
+        def rewards(key: str) -> list[torch.Tensor]:  # of the sampled trials [tasks, trials], and of the greedy ones [tasks]
+            of = {place: math.nan if line[key] is None else line[key] for place, line in lines.items()}
+            return [torch.tensor([[of[False, number, trial] for trial in range(trials)] for number in range(len(tasks))]),
+                    torch.tensor([of[True, number, 0] for number in range(len(tasks))])]
+
+        results[suite] = numbers_of(jail, tasks, *rewards("reward"), rewards("tolerant") if "tolerant" in records[-1] else None)
     return results, records
 
 
-def play_trials(
-    policy: Policy, jail: Jail, tasks: list, temperature: float, repeats: int, generator: torch.Generator, label: str,
-    lines: dict, write: Callable[[dict], None], **rollout_options: Any,
-) -> list[dict]:
-    """Play each task `repeats` times, but for what is in {(task, trial): record}; return the records, task by task."""
+def play_wave(
+    policy: Policy, jail: Jail, tasks: list, places: list[tuple], seed: tuple, label: str, lines: dict,
+    write: Callable[[dict], None], bar: tqdm, rollout_options: dict,
+) -> None:
+    """Play the episodes at these places (greedy, task, trial) side by side, unless `lines` has them all, and add them there.
+
+    What an episode samples depends on its whole wave, so a wave of which a part is missing is played again.
+    """
     def keep(place: tuple, episode: Executor, trajectory: Trajectory) -> None:
-        number, trial = place
-        lines[place] = {**record(label, None, episode, trajectory), "greedy": temperature == 0, "task": number, "trial": trial}
+        greedy, number, trial = place
+        line = {**record(label, None, episode, trajectory), "greedy": greedy, "task": number, "trial": trial}
         if hasattr(episode.environment, "passes_tolerantly"):
-            lines[place]["tolerant"] = float(episode.environment.passes_tolerantly(tasks[number].number, episode.final))
-        write(lines[place])
+            line["tolerant"] = float(episode.environment.passes_tolerantly(tasks[number].number, episode.final))
+        if place not in lines:
+            write(line)
+        lines[place] = line
 
-    places = [(number, trial) for number in range(len(tasks)) for trial in range(repeats)]
-    missing = [place for place in places if place not in lines]
-    episodes = [executor(jail, tasks[number], judge_of(tasks[number])) for number, _ in missing]
-    for place, episode in zip(missing, episodes):
+    if all(place in lines for place in places):
+        bar.update(len(places))
+        return
+    episodes = [executor(jail, tasks[number], judge_of(tasks[number])) for _, number, _ in places]
+    for place, episode in zip(places, episodes):
         episode.when_over = partial(keep, place)
-    rollout(policy, episodes, generator, temperature, **rollout_options)
-    return [lines[place] for place in places]
-
-
-def as_tensor(lines: list[dict], key: str, tasks: int) -> torch.Tensor:
-    """Return a number of each record as [tasks, trials]; NaN stands for none."""
-    return torch.tensor([math.nan if line[key] is None else line[key] for line in lines]).view(tasks, -1)
+    temperature = 0.0 if places[0][0] else 1.0
+    rollout(policy, episodes, seeded(policy.device, *seed), temperature, len(places), bar=bar, **rollout_options)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -492,7 +495,7 @@ def transcripts_section(trajectories: list[dict]) -> str:
 def chosen_trajectories(trajectories: list[dict]) -> list[dict]:
     """Of each environment a failure before training and a success at the same task after it, and of each phase one more."""
     phases, tasks = {}, {}  # {phase: an episode}, {task: {"before": a failure, "after": a success}}
-    for t in sorted(trajectories, key=lambda t: (not t.get("greedy"), -t.get("reward", 0))):
+    for t in sorted(trajectories, key=lambda t: (not t.get("greedy"), -(t.get("reward") or 0))):  # None does not count
         phase = str(t.get("phase"))
         phases.setdefault(phase, t)
         if (phase, bool(t.get("reward"))) in [("before", False), ("after", True)]:
@@ -559,8 +562,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict]:
         raise ValueError("--trials must be at least 1")
     open_benchmarks(arguments)
     suites = {name: load_suite(name, arguments.airline) for name in arguments.suite}  # a wrong name is noticed before a model is loaded
-    named = ("policy", "adapter", "seed", "trials", "turn_tokens", "context", "user_endpoint", "user_model", "airline")
-    setting = {name: getattr(arguments, name) for name in named} | {"temperature": 1.0, "versions": versions()}
+    setting = setting_of(arguments)
     with Jail(allow_weak=arguments.allow_weak_jail) as jail:
         print(jail.describe(), file=sys.stderr)
         if arguments.policy in BASELINES:
@@ -573,6 +575,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict]:
     return {suite: numbers | {"setting": setting} for suite, numbers in results.items()}
 
 
+def setting_of(options: argparse.Namespace) -> dict:
+    """Return what an evaluation's numbers depend on: the model, who plays the users, how is decoded, and the versions."""
+    named = ["policy", "model", "adapter", "seed", "trials", "turn_tokens", "context", "airline"]
+    return {
+        **{name: str(getattr(options, name)) for name in named if getattr(options, name, None) is not None},
+        "user": f"{options.user_model} at {options.user_endpoint}" if options.user_endpoint else "the policy's own base",
+        "decoding": "Pass@k at temperature 1, greedy at 0; neither top-k nor top-p",
+        "versions": versions(),
+    }
+
+
 def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[dict], None]]:
     """Return the episodes in a file of an interrupted evaluation, if there is one, and the function that appends another.
 
@@ -583,8 +596,9 @@ def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[d
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     whole = text[:text.rfind("\n") + 1]  # without the half line that a crash may have left
     lines = [json.loads(line) for line in whole.splitlines()] or [setting]
-    if lines[0] != json.loads(json.dumps(setting)):
+    if lines[0] != setting:
         raise ValueError(f"{str(path)!r} holds the episodes of another evaluation: give --episodes a new file")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(whole or json.dumps(setting) + "\n", encoding="utf-8")
     lock = threading.Lock()
 

@@ -10,6 +10,8 @@ rejection fine-tuning (RFT): only the successes carry gradient. What differs her
 * no division by a group's standard deviation and none by a trajectory's length (Dr. GRPO, arXiv 2503.20783),
   no clipping and no KL term: one gradient step per batch of rollouts needs none of them.
 
+Where a world has users (Retail, Airline), the executor's ANSWER is a message, and the episode a conversation.
+
 The data flow: episodes --rollout--> trajectories --leave_one_out--> advantages --reinforce_step--> policy.
 
 Read next: eval.py, which measures a policy; before: verify.py, which runs and judges the model's code.
@@ -381,7 +383,7 @@ def rollout(
     temperature 0 is greedy. A turn is cut after `turn_tokens`, an episode ends at `context` tokens. `user` speaks
     for the users of conversations; without one, the policy's base model does.
     """
-    user = user or own_user(policy, parallel, turn_tokens, context)
+    user = user or own_user(policy, parallel, turn_tokens)
     trajectories = begin(policy, episodes, user, generator)
     running = [(episode, trajectory) for episode, trajectory in zip(episodes, trajectories) if episode.status == "running"]
     if (longest := max((len(trajectory.tokens) for _, trajectory in running), default=0)) >= context:
@@ -417,7 +419,7 @@ def rollout_by(
     The trajectories hold what the policy would have had to sample to write the same text, with log-probabilities 0.
     An episode whose model fails ends as "model failed" and does not count.
     """
-    user = user or own_user(policy, len(episodes), limits["turn_tokens"], context)
+    user = user or own_user(policy, limits["parallel"], limits["turn_tokens"])
     trajectories = begin(policy, episodes, user, generator)
     running = [i for i, episode in enumerate(episodes) if episode.status == "running"]
     with ThreadPoolExecutor(2) as workers:
@@ -448,12 +450,12 @@ def answer_users(policy: Policy, episodes, trajectories, those, user: User, gene
     return {i for i, message in zip(asked, messages) if go_on(policy, episodes[i], trajectories[i], episodes[i].hear(message), context)}
 
 
-def own_user(policy: Policy, parallel: int, turn_tokens: int, context: int) -> User:
+def own_user(policy: Policy, parallel: int, turn_tokens: int) -> User:
     """Return a user whom the policy's own base model plays: without the adapter, so that training does not change it."""
     def reply(conversations: list[list[dict]], generator: torch.Generator) -> list[str]:
         turns = [UserTurn(conversation) for conversation in conversations]
         with policy.model.disable_adapter():
-            rollout(policy, turns, generator, parallel=parallel, turn_tokens=turn_tokens, context=context, user=silence)
+            rollout(policy, turns, generator, parallel=parallel, turn_tokens=turn_tokens, context=sys.maxsize, user=silence)
         return [turn.text for turn in turns]
     return reply
 

@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from eval import SUITES, BenchmarkTask, evaluate_policy, format_table, load_suite, write_report
+from eval import SUITES, BenchmarkTask, continued, evaluate_policy, format_table, load_suite, setting_of, write_report
 from rl import (
     Episode,
     Policy,
@@ -107,6 +107,10 @@ A worked example of an answer:
 
 {example}"""
 
+FOR_A_CUSTOMER = """
+
+The other agent serves a customer, who alone is given your instruction and tells it bit by bit. Address it to the
+customer ("You want to ..."), and say all that the customer knows and wants."""
 JUDGED_BY_ANSWER = "evaluate(answer) gets the final answer, a number or a text, and compares it with what you computed."
 JUDGED_BY_STATE = "evaluate() looks at the state that is left, through the tools."
 
@@ -263,7 +267,7 @@ def challenger_prompt(environment: Environment) -> str:
     """Return the challenger's system message for an environment: format, rules, tools and a worked example."""
     return CHALLENGER_PROMPT.format(
         env=environment.name,
-        summary=environment.summary,
+        summary=environment.summary + (FOR_A_CUSTOMER if environment.talks else ""),
         signature="evaluate(answer)" if environment.answered else "evaluate()",
         result=", and leaves the final answer in the variable result" if environment.answered else "",
         judged=JUDGED_BY_ANSWER if environment.answered else JUDGED_BY_STATE,
@@ -485,12 +489,13 @@ def play_run(run: Run, options) -> dict:
 
 
 def measure(phase: str, suites: dict[str, list], policy: Policy, optimizer: torch.optim.Optimizer, jail: Jail, run: Run, options) -> None:
-    """Evaluate the policy on the held-out tasks, once a run for each phase, before and after."""
+    """Evaluate the policy on the held-out tasks, once a run for each phase, before and after; it may be interrupted, too."""
     if phase in run.progress["results"]:
         return
     with timed(run, phase):
+        finished, write = continued(run.folder / "checkpoint" / f"{phase}.jsonl", setting_of(options))
         results, records = evaluate_policy(
-            policy, jail, suites, options.seed, options.trials, label=phase, **rollout_limits(options)
+            policy, jail, suites, options.seed, options.trials, phase, finished, write, **rollout_limits(options)
         )
     run.append("trajectories.jsonl", records)
     run.progress["results"][phase] = results
@@ -526,6 +531,7 @@ def summarize_run(run: Run, options) -> dict:
     return {
         "model": options.model,
         "seed": options.seed,
+        "setting": setting_of(options),
         **run.progress["results"],
         "filter": filter_counts(run),
         "wall_s": {phase: round(seconds, 1) for phase, seconds in run.progress["wall_s"].items()},

@@ -861,8 +861,10 @@ def endpoint_model(url: str, model: str, tries: int = 4, wait: float = 1.0) -> C
     """Return a model behind an OpenAI-compatible address: a function from conversations to its next messages.
 
     The key is taken from the environment (OPENAI_API_KEY) and goes nowhere else. A conversation whose request fails
-    `tries` times, after waits of `wait` seconds that double, gets None.
+    `tries` times, after waits of `wait` seconds that double, gets None. Raises ValueError if the model has no name.
     """
+    if not model:
+        raise ValueError(f"name the model at {url} as well, with the option that goes with the endpoint's, such as --user-model")
     from huggingface_hub import InferenceClient  # here, because only this needs it
     client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=120)
 
