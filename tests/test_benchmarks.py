@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -523,10 +524,20 @@ def script(name, *arguments, folder, expect=0):
 SMALL = ["--any-version", "--challenges", 2, "--steps", 1, "--tasks-per-step", 1, "--rollouts", 2, "--trials", 1, "--turn-tokens", 8, "--context", 1500]
 
 
-def test_the_whole_loop_runs_on_all_four_worlds(tmp_path):
+def random_model(folder):
+    """Write a model of random weights, with the tokenizer and the chat template of the embedded one; return its path."""
+    config = AutoConfig.from_pretrained(ROOT / "tiny", num_hidden_layers=1)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "tiny").save_pretrained(folder)
+    return folder
+
+
+def test_the_whole_loop_runs_on_all_four_worlds_with_random_weights(tmp_path):
     m3, tau = make_m3tooleval(tmp_path / "m3"), make_tau_bench(tmp_path / "tau")
     with Server(write_task) as challenger, Server(lambda messages: "###STOP###" if len(messages) > 3 else "Please do it.") as user:
         script("selfchallenge", "--env", "calculation", "web", "retail", "airline", "--no-joint", "--name", "run", "--m3tooleval", m3,
+               "--model", random_model(tmp_path / "model"),
                "--tau-bench", tau, "--airline", "all", "--challenger-endpoint", challenger.url, "--challenger-model", "c",
                "--user-endpoint", user.url, "--user-model", "u", *SMALL, folder=tmp_path)
     for env in ("calculation", "web", "retail", "airline"):

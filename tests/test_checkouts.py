@@ -172,8 +172,28 @@ def test_a_task_on_the_real_database_passes_the_filter(tau_bench, jail):
     assert judge(jail, task).ok
 
 
+@needs_tau_bench
+def test_two_episodes_never_see_each_others_database(tau_bench, jail):
+    for kind, noun, cancel in [(Retail, "order", "cancel_pending_order(n, 'no longer needed')"), (Airline, "reservation", "cancel_reservation(n)")]:
+        first, second = kind(0), kind(0)
+        number = next(n for n, record in first.state[kind.numbers].items() if record.get("status", "pending") == "pending")
+        with jail.session(first) as one, jail.session(second) as other:
+            assert one.run(f"n = {number!r}\nresult = {cancel}['status']", "result").value == "cancelled"
+            assert other.run(f"result = get_{noun}_details({number!r}).get('status', 'pending')", "result").value == "pending"
+        assert second.state == kind(1).state != first.state
+
+
 # ---------------------------------------------------------------------------------------------------
 # M3ToolEval
+
+@needs_m3tooleval
+def test_two_episodes_never_see_each_others_page(m3tooleval, jail):
+    with jail.session(WebBrowsing(0)) as one, jail.session(WebBrowsing(0)) as other:
+        home = other.run("result = view()", "result").value
+        assert one.run("result = click_url('/about')", "result").value != home
+        assert other.run("result = view()", "result").value == home
+        assert one.run("result = view()", "result").value != home
+
 
 @needs_m3tooleval
 def test_all_references_of_m3tooleval_pass(m3tooleval):
@@ -247,8 +267,8 @@ def test_programs_in_the_jail_reach_the_right_answers(m3tooleval, jail):
         answer = run(jail, WebBrowsing(0), f"task = {task.instruction!r}\n{WEB_PROGRAM}")
         (right if WebBrowsing(0).passes(number, answer) else wrong).append(task.name)
     jail.seconds = before
-    print(f"{len(right)} of 82 right; wrong: {wrong}")
-    assert len(right) >= 60
+    assert (len(right), len(wrong)) == (77, 5), wrong
+    assert all("match_phone_number" in name or "customer_support" in name for name in wrong)  # behind a broken link
 
 
 def run(jail, environment, code):
