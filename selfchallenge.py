@@ -146,7 +146,7 @@ EXAMPLES = {
         instruction="On which day does the lighthouse close first? Answer with the name of the day.",
         evaluate='def evaluate(answer):\n    return str(answer).strip().lower() == "sunday"',
         solution="""\
-click_url("/lighthouse/hours")
+click_url("lighthouse-hours")
 hours = {}
 for line in (view() + scroll_down()).splitlines():
     if " closes at " in line:
@@ -154,8 +154,8 @@ for line in (view() + scroll_down()).splitlines():
         hours[day] = float(hour)
 result = [day for day in hours if hours[day] == calculator(str(sorted(hours.values())[0]))][0]""",
         failures=[
-            'click_url("/lighthouse/hours")\nresult = "Monday"',
-            'click_url("/lighthouse")\nresult = view().splitlines()[0]',
+            'click_url("lighthouse-hours")\nresult = "Monday"',
+            'click_url("lighthouse")\nresult = view().splitlines()[0]',
             'result = "It closes first on a day in winter"',
         ],
     ),
