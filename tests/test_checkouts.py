@@ -81,7 +81,7 @@ def perturbed(actions, generator):
     """Drop, repeat, swap or alter one of the actions."""
     actions = copy.deepcopy(actions)
     place = generator.randrange(len(actions))
-    change = generator.choice(["drop", "repeat", "swap", "alter", "respond"])
+    change = generator.choice(["drop", "repeat", "swap", "alter"])
     if change == "drop":
         del actions[place]
     elif change == "repeat":
@@ -142,13 +142,15 @@ def own_reward(get_env, name, number, actions, said):
 def test_rewards_agree_with_the_benchmarks_own_on_perturbed_actions(tau_bench):
     generator, seen = random.Random(0), {0.0: 0, 1.0: 0}
     with the_benchmarks_own_package() as get_env:
-        for case in range(320):
-            kind = Airline if case % 5 == 0 else Retail
+        while sum(seen.values()) < 300:
+            kind = Airline if generator.random() < 0.1 else Retail
             number = generator.randrange(len(kind.held_out))
             task = kind.held_out[number]
             if not task.actions:
                 continue
             actions, telling = perturbed(task.actions, generator)
+            if actions == task.actions:  # such as one that was swapped with itself
+                continue
             environment = kind(0)
             said = [*environment.replay(actions), *(task.outputs if telling else [])]
             expected = own_reward(get_env, kind.name, number, actions, task.outputs if telling and not environment.over else [])
@@ -156,7 +158,7 @@ def test_rewards_agree_with_the_benchmarks_own_on_perturbed_actions(tau_bench):
                 continue
             assert environment.passes(number, said) == bool(expected), (kind.name, number, actions)
             seen[expected] += 1
-    assert sum(seen.values()) >= 300 and min(seen.values()) >= 50, seen
+    assert sum(seen.values()) == 300 and min(seen.values()) >= 50, seen
 
 
 @needs_tau_bench
