@@ -57,6 +57,8 @@ LINE_BYTES = 1024 * 1024         # in a line of a task file
 ANSWER_CHARACTERS = 4_000        # in a final answer
 OBSERVATION_CHARACTERS = 4_000   # that a model sees of the output of an action
 TOOL_CALLS = 1_000               # in an action
+REPLIES = 100_000                # that a jail remembers
+REPLY_BYTES = 4_096              # in a reply that is remembered
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -463,6 +465,9 @@ class ChildLost(Exception):
     """A child is late, dead, or makes no sense; the message is a sentence for the model."""
 
 
+NONSENSE = "the code wrote to a pipe that is not its own"
+
+
 @dataclass
 class Outcome:
     """What running a piece of code brought."""
@@ -564,7 +569,7 @@ class Jail(contextlib.AbstractContextManager):
     def __init__(self, servers: int = 2, seconds: float = 2.0, allow_weak: bool = False):
         if not hasattr(os, "fork"):
             raise JailError("the jail needs a system with fork: on Windows, run this project inside WSL")
-        self.seconds, self.verdicts = seconds, {}
+        self.seconds, self.replies = seconds, {}  # the replies of children, by all that they had been sent until then
         known = sys.platform == "linux" and os.uname().machine in MACHINES
         for self.strong in [True] * known + [False] * allow_weak:
             self.servers = [ForkServer(seed, self.strong) for seed in range(1, servers + 1)]
@@ -616,20 +621,25 @@ for name, attempt in attempts.items():
 
 
 class Session(contextlib.AbstractContextManager):
-    """A child for one untrusted author. It starts with the first action, and its variables last, as in a notebook.
+    """A child for one untrusted author, whose variables last from action to action, as in a notebook.
 
-    A child that is late or crashes is ended, and the next action starts another.
+    What a child replies follows from its random seed and what it was sent, so the jail remembers it. A child is started
+    only for what is new, and then is told all that came before: the rollouts of a task, which often begin alike, share
+    their work. A child that is late or crashes is ended, and the next action begins with another.
     """
 
     def __init__(self, jail: Jail, environment: Environment | None, server: ForkServer):
         self.jail, self.environment, self.server = jail, environment, server
         self.channel = None  # the socket to the child, while there is one
+        self.close()
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
     def close(self) -> None:
         """End the child, if there is one."""
+        self.sent, self.told, self.actions = [], 0, 0           # messages, how many of them the child has, actions begun
+        self.past = hashlib.sha256(b"%d\n" % self.server.seed)  # of the seed and the messages: what the replies follow from
         if self.channel is not None:
             self.channel.close()
             self.channel = None
@@ -645,51 +655,74 @@ class Session(contextlib.AbstractContextManager):
         if problem := text_problem(code):
             return Outcome("", f"the code {problem}")
         request = {"code": code, "name": name, "arguments": arguments}
-        if self.channel is None:
+        if not self.sent:
             request["tools"] = list(self.environment.tools()) if self.environment else []
         try:
             message = pack(plain(request))
         except ValueError as error:
             return Outcome("", f"the arguments cannot reach the code: {error}")
-        if self.channel is None:
-            self.control, self.pid, self.channel = self.server.child()
-        deadline = time.monotonic() + self.jail.seconds
+        self.actions += 1
+        self.deadline = time.monotonic() + self.jail.seconds
         try:
             for calls in itertools.count(1):
-                match self.exchange(message, deadline):
+                match self.reply(message):
                     case {"tool": str(name), "arguments": list(arguments), "keywords": dict(keywords)}:
                         message = self.call_tool(name, arguments, keywords, calls)
                     case {"printed": str(printed), "error": str() | None as error, "value": value}:
                         return Outcome(printed, error, value)
                     case _:
-                        raise ChildLost("the code wrote to a pipe that is not its own")
+                        raise ChildLost(NONSENSE)
         except ChildLost as loss:
             self.close()
             return Outcome("", f"{loss}; the variables of earlier actions are lost")
 
-    def exchange(self, message: bytes, deadline: float) -> Any:
-        """Return the child's reply to a message; raises ChildLost if it is late or malformed, or the child dead."""
+    def reply(self, message: bytes) -> Any:
+        """Return the reply to the next message, from memory or from a child; raises ChildLost if there is none."""
+        self.sent.append(message)
+        self.past.update(message)
+        past = self.past.digest()
+        line = self.jail.replies.get(past) or self.ask_child()
+        try:
+            reply = plain(json.loads(line))
+        except (ValueError, RecursionError):
+            raise ChildLost(NONSENSE) from None
+        if len(line) <= REPLY_BYTES:
+            if len(self.jail.replies) >= REPLIES:
+                self.jail.replies.clear()
+            self.jail.replies[past] = line
+        return reply
+
+    def ask_child(self) -> bytes:
+        """Send the messages that the child does not have yet, and return its reply to the last one."""
+        if self.channel is None:
+            self.control, self.pid, self.channel = self.server.child()
+            self.deadline = time.monotonic() + self.actions * self.jail.seconds  # for this action, and to repeat the others
+        for message in self.sent[self.told:]:
+            line = self.exchange(message)
+            self.told += 1
+        return line
+
+    def exchange(self, message: bytes) -> bytes:
+        """Return the line with which the child replies; raises ChildLost if it is late, dead, or floods the pipe."""
         line = b""
         try:
-            self.wait_until(deadline)
+            self.wait_at_most()
             self.channel.sendall(message)
             while not line.endswith(b"\n"):
-                self.wait_until(deadline)
+                self.wait_at_most()
                 piece = self.channel.recv(65_536)
                 line += piece
                 if not piece or len(line) > MESSAGE_BYTES:
                     raise ConnectionError("the child has closed the pipe, or floods it")
-            return plain(json.loads(line))
+            return line
         except TimeoutError:
             raise ChildLost(f"the code took longer than {self.jail.seconds:g} seconds") from None
         except OSError:
             raise ChildLost("the code ended or crashed its process, perhaps for lack of memory") from None
-        except (ValueError, RecursionError):
-            raise ChildLost("the code wrote to a pipe that is not its own") from None
 
-    def wait_until(self, deadline: float) -> None:
+    def wait_at_most(self) -> None:
         """Have the next transfer on the channel raise TimeoutError at the deadline, or raise it if that is past."""
-        seconds = deadline - time.monotonic()
+        seconds = self.deadline - time.monotonic()
         if seconds <= 0:
             raise TimeoutError
         self.channel.settimeout(seconds)
@@ -742,23 +775,15 @@ def as_answer(value: Any) -> Any:
 
 
 def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
-    """Return the verdict of a task on an environment's state and a final answer; the state stays as it is.
-
-    Many rollouts of a task end alike: the jail remembers each True and False, and is not asked the same thing twice.
-    """
-    before, answer = pickle.dumps(environment.state), as_answer(answer)
-    question = hashlib.sha256(pickle.dumps([task.env, task.seed, task.evaluate, before, answer, replica])).digest()
-    if question in jail.verdicts:
-        return Verdict(jail.verdicts[question])
+    """Return the verdict of a task on an environment's state and a final answer; the state stays as it is."""
+    before = pickle.dumps(environment.state)
     with jail.session(environment, replica) as session:
-        outcome = session.run(task.evaluate, "evaluate", [answer])
+        outcome = session.run(task.evaluate, "evaluate", [as_answer(answer)])
     if environment.state != (untouched := pickle.loads(before)):
         environment.state = untouched
         return Verdict(False, "evaluate changed the state, at which it may only look")
     if outcome.error is None and outcome.value is not True and outcome.value is not False:
         return Verdict(False, f"evaluate returned {str(outcome.value)[:80]!r} instead of True or False")
-    if outcome.error is None:
-        jail.verdicts[question] = outcome.value
     return Verdict(outcome.value is True, outcome.error)
 
 
