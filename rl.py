@@ -26,7 +26,10 @@ import random
 import sys
 import time
 import warnings
+from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -35,9 +38,10 @@ from typing import Any, Callable, Iterator
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # how peft asks, not what we do
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing")  # a new name is coming; peft uses the old one, too
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces optional kernels that we do not need
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache  # noqa: E402
@@ -60,6 +64,8 @@ from verify import (  # noqa: E402
 transformers_logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 MAX_STEPS = 15  # the paper's limit for the executor (section 4)
+FEED_TOKENS = 8192  # of prompts and observations that go through the network at once
+CHUNK_TOKENS = 512  # whose logits exist at once in training
 User = Callable[[list[list[dict]], torch.Generator], list[str | None]]  # from conversations to the users' next messages
 
 
@@ -111,13 +117,23 @@ def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, see
         raise PolicyError(f"cannot load the model {name!r}: {reason} (give a model folder or a hub name)") from error
     if tokenizer.chat_template is None:
         raise PolicyError(f"the model {name!r} has no chat template: use an instruction-tuned model")
-    model = attach_adapter(base, adapter, rank, seed)
     # Always in training mode. There is no dropout, so the function is the same, but in evaluation mode
     # bitsandbytes swaps in another CPU kernel, and sampler and trainer must compute the same probabilities.
-    model.train()
+    base.train()
+    if not head_is_linear(base):
+        raise PolicyError(f"the model {name!r} does more to its logits than one linear layer, which the trainer relies on: use another")
+    model = attach_adapter(base, adapter, rank, seed).train()
     ends = base.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return Policy(model, tokenizer, frozenset(i for i in [*ends, tokenizer.eos_token_id] if i is not None))
+
+
+@torch.no_grad()
+def head_is_linear(base: torch.nn.Module) -> bool:
+    """Whether the logits are those of the output layer alone, not scaled or capped (as those of Gemma 2 are)."""
+    ids = torch.tensor([[0, 1]], device=base.device)
+    states = base.get_decoder()(input_ids=ids).last_hidden_state
+    return torch.equal(base.get_output_embeddings()(states), base(input_ids=ids).logits)
 
 
 def attach_adapter(base: torch.nn.Module, adapter: str | Path | None, rank: int, seed: int) -> PeftModel:
@@ -178,12 +194,10 @@ class Episode:
     """What a rollout plays: a role in a world, which takes the agent's turns and gives the next observations.
 
     `messages` begins with the system message and the user's; `rollout` appends every turn, for the reader.
-    A role says in `answer` what becomes of an ANSWER, and in `max_steps` how many turns it may take, of which
-    `answers_left` can be answers.
+    A role says in `answer` what becomes of an ANSWER, and in `max_steps` how many turns it may take.
     """
 
     max_steps: int
-    answers_left = 1
     asks = False  # whether the agent has just spoken to a simulated user, whose reply goes to `hear`
     when_over: Callable[["Episode", "Trajectory"], None] | None = None  # is told of the end
 
@@ -210,21 +224,11 @@ class Episode:
         except FormatError as reminder:
             reply = str(reminder)
         else:
-            self.answers_left -= step.kind == "answer"
             reply = self.act(step.content) if step.kind == "action" else self.answer(step.content)
         if reply is None or self.steps < self.max_steps:
             return reply and f"Observation:\n{reply}"
         self.status, self.asks = "out of steps", False
         return None
-
-    def is_last(self, text: str) -> bool:
-        """Whether this turn ends the episode whatever comes of it, so that nobody needs to wait for that."""
-        if self.steps + 1 == self.max_steps:
-            return True
-        try:
-            return self.answers_left == 1 and parse_step(text).kind == "answer"
-        except FormatError:
-            return False
 
     def close(self) -> None:
         """End the jailed session; it may be called at any time."""
@@ -292,7 +296,6 @@ class SupportAgent(Executor):
     ends when the user stops or the agent hands over to a human. The final answer is the list of what was said.
     """
 
-    answers_left = MAX_STEPS + 1  # any number of them
     when, answer_is = "you want to say something to the customer", "your message; when all is settled, the customer ends it"
 
     def __init__(self, jail: Jail, task: Any, judge: Callable[..., Verdict] = evaluate):
@@ -342,9 +345,6 @@ class UserTurn(Episode):
     def step(self, text: str) -> None:
         self.text = text
 
-    def is_last(self, text: str) -> bool:
-        return True
-
     def close(self) -> None:
         """There is no session to end."""
 
@@ -381,16 +381,19 @@ def rollout(
     """Play the episodes to their ends, `parallel` side by side; return their trajectories in the episodes' order.
 
     temperature 0 is greedy. A turn is cut after `turn_tokens`, an episode ends at `context` tokens. `user` speaks
-    for the users of conversations; without one, the policy's base model does.
+    for the users of conversations; without one, the policy's base model does. Raises PolicyError if a prompt does not
+    fit into the context, or the context not into the model's sliding window, which the cache does not imitate.
     """
+    window = getattr(policy.model.config, "sliding_window", None)
+    if window and context > window + turn_tokens:
+        raise PolicyError(f"the model sees a sliding window of {window:,} tokens: lower --context to that")
     user = user or own_user(policy, parallel, turn_tokens)
     trajectories = begin(policy, episodes, user, generator)
     running = [(episode, trajectory) for episode, trajectory in zip(episodes, trajectories) if episode.status == "running"]
     if (longest := max((len(trajectory.tokens) for _, trajectory in running), default=0)) >= context:
         raise PolicyError(f"a prompt of {longest:,} tokens leaves no room in --context {context:,}: raise it")
-    for first in range(0, len(running), parallel):
-        wave, paths = zip(*running[first:first + parallel])
-        play(policy, wave, paths, generator, temperature, turn_tokens, context, user, bar)
+    if running:
+        play(policy, *zip(*running), generator, temperature, parallel, turn_tokens, context, user, bar)
     return trajectories
 
 
@@ -468,55 +471,84 @@ def silence(conversations: list[list[dict]], generator: torch.Generator) -> list
 @torch.inference_mode()
 def play(
     policy: Policy, episodes: list[Episode], trajectories: list[Trajectory], generator: torch.Generator,
-    temperature: float, turn_tokens: int, context: int, user: User, bar: tqdm | None,
+    temperature: float, parallel: int, turn_tokens: int, context: int, user: User, bar: tqdm | None,
 ) -> None:
-    """Play all episodes at once: a row of the batch each, whose KV cache lasts from its first turn to its last.
+    """Play the episodes, each in a slot of the KV cache, which lasts from its first turn to its last.
 
-    A pass of the network feeds every row the tokens that are not in its cache yet: the prompt at first, then
-    the token just sampled, or an observation. They are padded on the left, so every row samples from the last
-    column; what is padding in a row stays masked. When a turn of a row has ended, its code runs in the jail
-    while the network goes on with the others; when half of the rows wait, they all go on, so that no row waits for
-    the slowest, and those that took their last turn leave: their verdicts are needed only at the end. That is also
-    when the users answer, all at once.
+    All slots sample a token in one pass of the network. When a turn has ended, its code runs in the jail while the
+    network goes on with the others; when half of the slots wait, they all go on, so that none waits for the slowest.
+    That is also when the users answer, all at once, and when waiting episodes take the slots of those that are over.
     """
-    rows = list(range(len(episodes)))  # the episode of each row of the batch
-    fed, started, waiting, last = [0] * len(rows), [len(t.tokens) for t in trajectories], {}, {}
-    cache, mask = empty_cache(policy.model.config), torch.zeros(len(rows), 0, dtype=torch.long, device=policy.device)
+    queue = deque(range(len(episodes)))
+    slots = [queue.popleft() for _ in range(min(parallel, len(queue)))]  # the episode in each slot
+    prompts = [len(t.tokens) for t in trajectories]
+    cache, fed, started, steps = SlotCache(policy.model.config, len(slots)), [0] * len(episodes), list(prompts), {}
     with ThreadPoolExecutor(2) as workers:
-        while rows:
-            pending = [[] if i in waiting or i in last else trajectories[i].tokens[fed[i]:] for i in rows]
-            width = max(map(len, pending))
-            ids = torch.tensor([[0] * (width - len(p)) + p for p in pending], device=policy.device)  # [rows, width]
-            new = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in pending], device=policy.device)
-            mask = torch.cat([mask, new], dim=1)  # [rows, columns of the cache]
-            positions = (mask.cumsum(1)[:, -width:] - 1).clamp(min=0)
-            logits = policy.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).logits[:, -1].float()  # [rows, vocabulary]
-            tokens, logprobs = sample_tokens(logits, generator, temperature)  # [rows], [rows]
-            for i, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
-                if i not in waiting and i not in last:
+        while slots:
+            fill(policy, cache, slots, trajectories, prompts, fed, steps)
+            last = [[0] if i in steps else trajectories[i].tokens[-1:] for i in slots]  # 0 for a slot that waits, which changes nothing
+            logits = advance(policy, cache, range(len(slots)), last, [fed[i] for i in slots])
+            sampled = torch.stack(sample_tokens(logits, generator, temperature)).tolist()  # [2, slots]: the one synchronisation of a pass
+            for i, token, logprob in zip(slots, map(int, sampled[0]), sampled[1]):
+                if i not in steps:
                     fed[i] = len(trajectories[i].tokens)
                     trajectories[i].extend([token], True, [logprob])
                     if token in policy.stop_ids or len(trajectories[i].tokens) == started[i] + turn_tokens:
                         text = turn_text(policy, trajectories[i].tokens[started[i]:])
-                        turns = last if episodes[i].is_last(text) else waiting
-                        turns[i] = workers.submit(take_step, policy, episodes[i], trajectories[i], text, context)
-            idle = [i for i in rows if i in waiting or i in last]
-            if 2 * len(idle) >= len(rows):
-                ended = {i for i in idle if i in last or waiting[i].result()}
-                ended |= answer_users(policy, episodes, trajectories, waiting, user, generator, context)
-                for i in waiting:
-                    started[i] = len(trajectories[i].tokens)
-                waiting.clear()
-                if ended:
-                    keep = torch.tensor([row for row, i in enumerate(rows) if i not in ended], dtype=torch.long, device=policy.device)
-                    cache.batch_select_indices(keep)
-                    mask, rows = mask[keep], [i for i in rows if i not in ended]
+                        steps[i] = workers.submit(take_step, policy, episodes[i], trajectories[i], text, context)
+            if 2 * len(steps) >= len(slots):
+                ended = {i for i, step in steps.items() if step.result()}
+                ended |= answer_users(policy, episodes, trajectories, steps, user, generator, context)
+                started = [len(t.tokens) if i in steps else started[i] for i, t in enumerate(trajectories)]
+                steps.clear()
+                slots = [i if i not in ended else queue.popleft() if queue else None for i in slots]
+                if None in slots:
+                    cache.keep([slot for slot, i in enumerate(slots) if i is not None])
+                    slots = [i for i in slots if i is not None]
                 if bar is not None:
                     bar.update(len(ended))
-        for step in last.values():
-            step.result()
+
+
+def fill(policy: Policy, cache: "SlotCache", slots: list[int], trajectories, prompts: list[int], fed: list[int], steps: dict) -> None:
+    """Feed the cache what it lacks of each slot's trajectory, save for the last token, from which the next is sampled.
+
+    Of the rollouts of a task, which share their prompt, one is fed with it; the others get a copy of its part of the cache.
+    """
+    sources, copies, lacking = {}, [], {}
+    if any(fed[i] == 0 for i in slots):
+        for slot, i in sorted(enumerate(slots), key=lambda place: fed[place[1]] == 0):  # those that have it already come first
+            source = sources.setdefault(tuple(trajectories[i].tokens[:prompts[i]]), slot)
+            if fed[i] == 0 and source != slot:
+                copies.append((source, slot))
+    copied = {slot for _, slot in copies}
+    for slot, i in enumerate(slots):
+        if i not in steps and slot not in copied and len(trajectories[i].tokens) - 1 > fed[i]:
+            lacking[slot] = trajectories[i].tokens[fed[i]:-1]
+    places = list(lacking)
+    for batch in micro_batches([len(lacking[slot]) for slot in places], FEED_TOKENS):
+        batch = sorted(places[number] for number in batch)
+        advance(policy, cache, batch, [lacking[slot] for slot in batch], [fed[slots[slot]] for slot in batch])
+    for source, slot in copies:
+        cache.copy(source, slot, prompts[slots[slot]] - 1)
+    for slot in [*lacking, *copied]:
+        fed[slots[slot]] = len(trajectories[slots[slot]].tokens) - 1
+
+
+def advance(policy: Policy, cache: "SlotCache", slots: Sequence[int], tokens: list[list[int]], starts: list[int]) -> torch.Tensor:
+    """Feed some slots tokens, from the columns `starts` of their caches on; return the logits after the last [slots, vocabulary].
+
+    A token's column in the cache is its position, so a slot holds no padding. Shorter rows of the pass are padded on the
+    right: what that writes into the cache lies behind all that the slot looks at, until its next tokens overwrite it.
+    """
+    width = max(map(len, tokens))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=policy.device)  # [rows, width]
+    columns = torch.tensor(starts, device=policy.device)[:, None] + torch.arange(width, device=policy.device)  # [rows, width]
+    ends = torch.tensor([[len(row) - 1] for row in tokens], device=policy.device)  # [rows, 1]
+    cache.aim(slots, columns, max(starts) + width)
+    visible = torch.arange(cache.end, device=policy.device) <= columns[:, None, :, None]  # [rows, 1, width, columns]
+    return policy.model(
+        input_ids=ids, attention_mask=visible, position_ids=columns, past_key_values=cache, use_cache=True, logits_to_keep=ends
+    ).logits[:, 0].float()
 
 
 def turn_text(policy: Policy, tokens: list[int]) -> str:
@@ -550,38 +582,49 @@ def go_on(policy: Policy, episode: Episode, trajectory: Trajectory, reply: str |
     return True
 
 
-class GrowingLayer(DynamicLayer):
-    """A layer of the KV cache with room to spare: a new token is written into it, and not all of it copied each time."""
+class SlotLayer(DynamicLayer):
+    """A layer of a SlotCache: `store` [2, slots, heads, columns, width] holds keys and values, with columns to spare."""
 
-    ROOM = 64  # columns
+    SPARE = 64
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append states [rows, heads, new columns, width]; return all of them, [rows, heads, columns, width]."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        old = self.get_seq_length()
-        end = old + key_states.shape[2]
-        if old == 0 or end > self.room.shape[3]:
-            rows, heads, _, width = key_states.shape
-            room = key_states.new_empty(2, rows, heads, end + self.ROOM, width)
-            if old:
-                room[0, :, :, :old], room[1, :, :, :old] = self.keys, self.values
-            self.room = room
-        self.room[0, :, :, old:end], self.room[1, :, :, old:end] = key_states, value_states
-        self.keys, self.values = self.room[0, :, :, :end], self.room[1, :, :, :end]
-        return self.keys, self.values
+    def __init__(self, cache: "SlotCache"):
+        super().__init__()
+        self.cache, self.store = cache, None
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only these rows."""
-        super().batch_select_indices(indices)
-        self.room = self.room[:, :, :, :0]  # of the old rows: the next update makes a new one
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write states [rows, heads, new columns, width]; return those that the rows may see, [rows, heads, columns, width]."""
+        rows, columns, end, slots = self.cache.rows, self.cache.columns, self.cache.end, self.cache.slots
+        if self.store is None or end > self.store.shape[3]:
+            old, self.store = self.store, keys.new_zeros(2, slots, keys.shape[1], end + self.SPARE, keys.shape[3])
+            if old is not None:
+                self.store[:, :, :, :old.shape[3]] = old
+        self.store[0][rows[:, None], :, columns] = keys.transpose(1, 2)
+        self.store[1][rows[:, None], :, columns] = values.transpose(1, 2)
+        keys, values = self.store[:, :, :, :end]
+        return (keys, values) if len(rows) == slots else (keys[rows], values[rows])  # a copy for a part of the slots only
 
 
-def empty_cache(config) -> DynamicCache:
-    """Return an empty KV cache whose ordinary layers are growing ones; a model's sliding windows stay as they are."""
-    cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+class SlotCache(DynamicCache):
+    """A KV cache of slots, each of which holds an episode: a token's column in it is its position in the trajectory."""
+
+    def __init__(self, config: Any, slots: int):
+        super().__init__(config=config)
+        self.slots, self.layers = slots, [SlotLayer(self) for _ in self.layers]
+
+    def aim(self, rows: Sequence[int], columns: torch.Tensor, end: int) -> None:
+        """Say where the next pass writes: into the slots `rows`, in ascending order, at `columns`, which lie before `end`."""
+        self.rows, self.columns, self.end = torch.tensor(rows, device=columns.device), columns, end
+
+    def copy(self, source: int, slot: int, end: int) -> None:
+        """Give a slot the same columns as another one, up to `end`."""
+        for layer in self.layers:
+            layer.store[:, slot, :, :end] = layer.store[:, source, :, :end]
+
+    def keep(self, slots: list[int]) -> None:
+        """Drop all slots but these, which are numbered anew."""
+        self.slots = len(slots)
+        for layer in self.layers:
+            layer.store = layer.store[:, slots]
 
 
 def sample_tokens(logits: torch.Tensor, generator: torch.Generator, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -621,7 +664,7 @@ def advantages(rewards: torch.Tensor, baseline: str = "leave-one-out") -> torch.
 
 
 def trajectory_logprobs(policy: Policy, batch: list[Trajectory], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the log-probabilities [rows, columns-1] of every token of the batch but the first, and the agent's mask.
+    """Return the log-probabilities of the agent's tokens [rows, columns-1], 0 elsewhere, and the mask that marks them.
 
     Column t holds log pi(token t+1 | tokens up to t) under logits / temperature, the transform that sampled.
     The padding on the right is masked by length, never by token id: where pad equals the end of turn,
@@ -630,17 +673,42 @@ def trajectory_logprobs(policy: Policy, batch: list[Trajectory], temperature: fl
     ids = pad_sequence([torch.tensor(t.tokens) for t in batch], batch_first=True).to(policy.device)  # [rows, columns]
     lengths = torch.tensor([len(t.tokens) for t in batch], device=policy.device)
     attention = torch.arange(ids.shape[1], device=policy.device)[None] < lengths[:, None]  # [rows, columns]
-    agent = pad_sequence([torch.tensor(t.mask) for t in batch], batch_first=True).to(policy.device)
-    logits = policy.model(input_ids=ids, attention_mask=attention.long(), use_cache=False).logits  # [rows, columns, vocabulary]
-    logprobs = torch.log_softmax(logits[:, :-1].float() / temperature, dim=-1)
-    return logprobs.gather(2, ids[:, 1:, None])[:, :, 0], agent[:, 1:]
+    agent = pad_sequence([torch.tensor(t.mask) for t in batch], batch_first=True).to(policy.device)[:, 1:]
+    model = policy.model.get_base_model()  # with the adapter in it
+    states = model.get_decoder()(input_ids=ids, attention_mask=attention.long(), use_cache=False).last_hidden_state
+    sampled = token_logprobs(model.get_output_embeddings(), states[:, :-1][agent], ids[:, 1:][agent], temperature)
+    return sampled.new_zeros(agent.shape).masked_scatter(agent, sampled), agent
 
 
-def micro_batches(trajectories: list[Trajectory], tokens: int) -> list[list[int]]:
+def token_logprobs(head: Callable, states: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return the log-probabilities of `tokens` [n] after `states` [n, width], under head(states) / temperature.
+
+    The logits of all n tokens, of which each has one for every entry of a vocabulary of perhaps 128,000, would need more
+    memory than the model. So they are computed a chunk at a time, and again when the gradient comes back (checkpoint).
+    """
+    def logprobs(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logits = head(states).float() / temperature  # [chunk, vocabulary]
+        return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+    chunks = zip(states.split(CHUNK_TOKENS), tokens.split(CHUNK_TOKENS))
+    return torch.cat([checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+@contextmanager
+def checkpointed(model: torch.nn.Module) -> Iterator[None]:
+    """Keep only the input of each layer for the backward pass, and compute the rest again; it would switch off the KV cache."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
     """Split into batches of indices, sorted by length, each of at most `tokens` tokens with its padding (or one row)."""
     batches: list[list[int]] = []
-    for i in sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].tokens)):
-        if batches and len(trajectories[i].tokens) * (len(batches[-1]) + 1) <= tokens:
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batches and lengths[i] * (len(batches[-1]) + 1) <= tokens:
             batches[-1].append(i)
         else:
             batches.append([i])
@@ -655,6 +723,7 @@ def reinforce_step(
     temperature: float = 1.0,
     micro_batch_tokens: int = 8192,
     max_norm: float = 1.0,
+    importance_cap: float | None = None,
 ) -> dict:
     """Take one step up the gradient of the expected reward; `advantage` [N] belongs to the N trajectories.
 
@@ -662,22 +731,28 @@ def reinforce_step(
 
     The inner sum runs over the tokens that the agent sampled. N counts all trajectories, those without signal
     (A = 0) included, though no computation is spent on them: the divisor is a constant and the gradient does
-    not depend on how the trajectories are split into micro-batches. Returns the loss, the norm of the gradient
-    before clipping to `max_norm`, and mismatch_kl, the mean of log p_sampler - log p_trainer over sampled tokens.
+    not depend on how the trajectories are split into micro-batches. With `importance_cap` C each token is weighed with
+    min(p_trainer / p_sampler, C), for a sampler that computes other probabilities than the trainer (Yao et al. 2025).
+    Returns the loss, the norm of the gradient before clipping to `max_norm`, and mismatch_kl, the mean of
+    log p_sampler - log p_trainer over the sampled tokens.
     """
     chosen = [i for i, a in enumerate(advantage.tolist()) if a != 0]
     signal = [trajectories[i] for i in chosen]
     total, mismatch, sampled = 0.0, 0.0, 0
     optimizer.zero_grad()
-    for rows in micro_batches(signal, micro_batch_tokens):
+    for rows in micro_batches([len(t.tokens) for t in signal], micro_batch_tokens):
         batch = [signal[row] for row in rows]
-        weight = torch.tensor([float(advantage[chosen[row]]) for row in rows], device=policy.device)
-        logprobs, agent = trajectory_logprobs(policy, batch, temperature)
-        loss = -(weight * (logprobs * agent).sum(1)).sum() / len(trajectories)
-        loss.backward()
+        weight = torch.tensor([float(advantage[chosen[row]]) for row in rows], device=policy.device)[:, None]  # [rows, 1]
+        with checkpointed(policy.model):
+            logprobs, agent = trajectory_logprobs(policy, batch, temperature)  # [rows, columns-1]
+            before = pad_sequence([torch.tensor(t.logprobs) for t in batch], batch_first=True).to(policy.device)[:, 1:]
+            difference = (before - logprobs.detach()) * agent
+            if importance_cap is not None:
+                weight = weight * (-difference).exp().clamp(max=importance_cap)
+            loss = -(weight * logprobs).sum() / len(trajectories)
+            loss.backward()
         total += loss.item()
-        before = pad_sequence([torch.tensor(t.logprobs) for t in batch], batch_first=True).to(policy.device)[:, 1:]
-        mismatch += ((before - logprobs.detach()) * agent).sum().item()
+        mismatch += difference.sum().item()
         sampled += int(agent.sum())
     norm = torch.nn.utils.clip_grad_norm_([p for p in policy.model.parameters() if p.requires_grad], max_norm).item()
     optimizer.step()
@@ -720,7 +795,9 @@ def train(
         rewards = torch.tensor([t.reward for t in trajectories]).view(len(chosen), options.rollouts)  # [tasks, K]
         rewards = torch.where(rewards.isnan(), rewards.nanmean(1, keepdim=True).nan_to_num(), rewards)  # what does not count has A = 0
         advantage = (torch.ones_like(rewards) if teacher else advantages(rewards, options.baseline)).flatten()  # [tasks * K]
-        figures = reinforce_step(policy, optimizer, trajectories, advantage, micro_batch_tokens=options.micro_batch_tokens)
+        figures = reinforce_step(
+            policy, optimizer, trajectories, advantage, micro_batch_tokens=options.micro_batch_tokens,
+            importance_cap=None if teacher else options.importance_cap)
         if teacher:
             del figures["mismatch_kl"]  # the policy has not sampled these
         reward, signal = rewards.mean().item(), (rewards != rewards[:, :1]).any(1).float().mean().item()
@@ -783,6 +860,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--teacher-model", metavar="NAME", help="the model there")
     add("--rank", type=int, default=8, help="of the LoRA adapter")
     add("--micro-batch-tokens", type=int, default=8192, help="tokens, padding included, of one pass forward and backward")
+    add("--importance-cap", type=float, metavar="C", help="weigh each token with min(p_trainer / p_sampler, C), if the two differ")
     add_rollout_options(parser)
 
 

@@ -242,7 +242,7 @@ class Challenger(Episode):
 
     def __init__(self, jail: Jail, env: str, seed: int, revisions: int = 1):
         super().__init__(jail, env, seed)
-        self.answers_left = 1 + revisions
+        self.revisions = revisions
         self.submissions: list[tuple[CodeAsTask | None, Judgement]] = []
         self.messages = [
             {"role": "system", "content": challenger_prompt(self.environment)},
@@ -258,7 +258,7 @@ class Challenger(Episode):
             task, judgement = None, Judgement(False, "parse", str(error), 0.0)
         self.submissions.append((task, judgement))
         self.reward, self.status = float(judgement.ok), judgement.stage
-        if judgement.ok or not self.answers_left:
+        if judgement.ok or len(self.submissions) > self.revisions:
             return None
         return f"Rejected at the stage {judgement.stage}: {judgement.reason}\nMend the task."
 

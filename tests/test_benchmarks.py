@@ -364,7 +364,6 @@ def test_fifteen_turns_are_the_limit_of_a_conversation(checkouts, jail):
     episode = conversation(jail)
     episode.hear("Hi")
     for turn in range(15):
-        assert episode.is_last("ANSWER: hm END ANSWER") is (turn == 14)
         reply = episode.step("ANSWER: hm END ANSWER")
         if turn < 14:
             assert reply == "" and episode.hear("Please!")

@@ -123,7 +123,13 @@ def test_the_loss_by_hand():
             self.table = torch.nn.Parameter(torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5]])))
 
         def forward(self, input_ids, attention_mask, use_cache):
-            return SimpleNamespace(logits=self.table[input_ids])  # the next token depends on this one alone
+            return SimpleNamespace(last_hidden_state=torch.nn.functional.one_hot(input_ids, 3).float())
+
+        def get_output_embeddings(self):
+            return lambda states: states @ self.table  # the next token depends on this one alone
+
+        get_base_model = get_decoder = lambda self: self
+        gradient_checkpointing_enable = gradient_checkpointing_disable = lambda self, **_: None
 
     fixed = SimpleNamespace(model=Fixed(), device=torch.device("cpu"))
     first = Trajectory([0, 1, 2, 0], [False, True, True, False], [0.0, math.log(0.3), math.log(0.3), 0.0])
@@ -220,10 +226,11 @@ def test_the_end_of_a_turn_is_learnt_although_it_may_be_the_pad(policy):
 
 def test_micro_batches_hold_every_index_once_within_the_budget():
     trajectories = some_trajectories(9)
-    batches = micro_batches(trajectories, 40)
+    lengths = [len(t.tokens) for t in trajectories]
+    batches = micro_batches(lengths, 40)
     assert sorted(itertools.chain(*batches)) == list(range(9))
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(len(trajectories[i].tokens) for i in batch) <= 40
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 40
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -317,9 +324,6 @@ class Script(Episode):
         self.messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
         self.left, self.reward, self.status, self.closed, self.seed = turns, 0.0, "running", False, 0
 
-    def is_last(self, text):
-        return False
-
     def step(self, text):
         self.left -= 1
         return "again" if self.left else None
@@ -335,36 +339,6 @@ def test_every_episode_gets_its_turns_whatever_the_batch(policy):
     assert all(episode.closed for episode in episodes)
     assert [sum(m["role"] == "assistant" for m in e.messages) for e in episodes] == [1, 3, 2, 1, 4]
     assert all(sum(t.mask) <= 4 * turns for t, turns in zip(trajectories, (1, 3, 2, 1, 4)))
-
-
-class KnownScript(Script):
-    """A script that says when its last turn has come."""
-
-    def is_last(self, text):
-        return self.left == 1
-
-
-def test_nothing_depends_on_whether_a_last_turn_is_known_for_one(policy):
-    lengths = (1, 3, 2, 1, 4)
-    played = [rollout(policy, [kind(turns) for turns in lengths], seeded("cpu", 2), parallel=5, turn_tokens=4) for kind in (Script, KnownScript)]
-    assert [vars(t) for t in played[0]] == [vars(t) for t in played[1]]
-
-
-def test_what_a_last_turn_breaks_is_not_passed_over(policy):
-    class Broken(KnownScript):
-        def step(self, text):
-            raise JailError("the jail is closed")
-
-    with pytest.raises(JailError):
-        rollout(policy, [Broken(1)], seeded("cpu", 2), turn_tokens=4)
-
-
-def test_an_episode_knows_its_last_turn(jail):
-    thought, answered = "THOUGHT: look END THOUGHT\nACTION:\nx = 1\nEND ACTION", "ANSWER: 1 END ANSWER"
-    executor = Executor(jail, TASK)
-    assert [executor.is_last(text) for text in (thought, answered, "hm")] == [False, True, False]
-    executor.steps = rl.MAX_STEPS - 1
-    assert [executor.is_last(text) for text in (thought, answered, "hm")] == [True, True, True]
 
 
 def test_the_executor_is_rewarded_by_the_state_it_leaves(jail):
