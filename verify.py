@@ -7,7 +7,7 @@ runs, the solution passes the evaluation, and no failure case does.
 Departures from the paper, and why:
 - `evaluate(answer)` replaces `<expected_output>`, so that all worlds share one format.
 - Doing nothing must fail as well: a task that asks for nothing rewards every executor.
-- All is repeated with another random seed, and `evaluate` must leave the state alone: a verdict that
+- Every verdict is repeated with another random seed, and `evaluate` must leave the state alone: a verdict that
   flips, or that brings about what it looks for, is none.
 - The paper does not say how code is isolated. Here the state stays in this process, and code runs in
   a child that can only compute and talk through one pipe: a tool call goes out as data, and its
@@ -188,15 +188,20 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 # ---------------------------------------------------------------------------------------------------
 # INSIDE THE JAIL, 1: the walls around a child
 #
-# The layers, and what each of them stops:
-#   a process of its own      patched built-ins, frames, gc: code under test shares no memory with the verdict
-#   data on a pipe            printed success, exit codes, objects that equal everything: none of them is True
-#   state outside             reading or changing the world other than by its tools
-#   a deadline, then a kill   endless loops, sleeps, calls in C that nothing else interrupts
-#   limits                    eating the memory, filling the disk, computing on after the reply
-#   a filter of system calls  files, network, processes, signals: the kernel refuses all but SYSTEM_CALLS
-#   nothing to find           no environment variables, no open files, no code of this project to import
-#   two servers, two seeds    a task that follows hashes or chance: what is kept passes the filter on both
+# The jail on a page. Its layers, each with what it stops, and where it stands below:
+#   a process of its own      patched built-ins, frames, gc: code under test shares no memory with the verdict (fork_child)
+#   data on a pipe            printed success, exit codes, objects that equal everything: none of them is True (plain)
+#   state outside             reading or changing the world other than by its tools (call_tool, here and in Session)
+#   a deadline, then a kill   endless loops, sleeps, calls in C that nothing else interrupts (exchange, end)
+#   limits                    eating the memory, filling the disk, computing on after the reply (make_confine)
+#   a filter of system calls  files, network, processes, signals: the kernel refuses all but SYSTEM_CALLS (seccomp_program)
+#   nothing to find           no environment variables, no open files, no code of this project to import (inside, serve)
+#   two servers, two seeds    a verdict that follows hashes or chance: what is kept has the same ones on both (judge)
+#
+# The way of one check: Session.run asks a ForkServer for a child, and gets the pipe to one that has been forked and
+# confined. It sends the code. The child carries it out (live); where the code calls a tool, the call comes back as data,
+# is executed on the episode's state, and its result is sent down. At last the child sends what was printed, and a value
+# or an error. The parent reads a verdict out of that value (evaluate), and has the child killed.
 #
 # A fork server executes the text from here to OUTSIDE and nothing else of the project: with tools.py in its
 # memory, model-written code could compute the hidden states. It forks a child for each untrusted author.
@@ -787,14 +792,19 @@ def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any
     return Verdict(outcome.value is True, outcome.error)
 
 
-def run_from_reset(jail: Jail, task: CodeAsTask, replica: int, what: str, code: str) -> tuple[Environment, Any]:
-    """Return the environment and the answer that code leaves from a fresh state; raises TaskError if it breaks."""
-    environment = make_environment(task.env, task.seed)
-    with jail.session(environment, replica) as session:
-        outcome = session.run(code, "result")
-    if outcome.error is not None:
-        raise TaskError("runs", f"{what} does not run:\n{outcome.error}")
-    return environment, outcome.value
+def what_is_left(jail: Jail, task: CodeAsTask, left: dict, what: str, code: str) -> tuple[Environment, Any]:
+    """Return the environment and the answer that code leaves from a fresh state; raises TaskError if it breaks.
+
+    It runs once: `left` remembers by `what` it is.
+    """
+    if what not in left:
+        environment = make_environment(task.env, task.seed)
+        with jail.session(environment) as session:
+            outcome = session.run(code, "result")
+        if outcome.error is not None:
+            raise TaskError("runs", f"{what} does not run:\n{outcome.error}")
+        left[what] = environment, outcome.value
+    return left[what]
 
 
 def passes(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: Environment, answer: Any) -> bool:
@@ -805,17 +815,17 @@ def passes(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: E
     return verdict.passed
 
 
-def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
+def check(jail: Jail, task: CodeAsTask, left: dict, replica: int) -> None:
     """Raise TaskError unless all code runs, the solution passes, and neither a failure case nor doing nothing does.
 
     To do nothing is to leave a fresh state and the answer None: an evaluation that stumbles over that has not passed it.
     """
     what, passing = "the example solution", []
-    solved = passes(jail, task, replica, what, *run_from_reset(jail, task, replica, what, task.solution))
+    solved = passes(jail, task, replica, what, *what_is_left(jail, task, left, what, task.solution))
     for code in dict.fromkeys(task.failures):  # models repeat themselves
         what = f"failure case {task.failures.index(code) + 1}"
-        left = run_from_reset(jail, task, replica, what, code)
-        if solved and passes(jail, task, replica, what, *left):
+        state_and_answer = what_is_left(jail, task, left, what, code)
+        if solved and passes(jail, task, replica, what, *state_and_answer):
             passing.append(what)
     if not solved:
         raise TaskError("solution", "the example solution does not pass the evaluation")
@@ -828,15 +838,16 @@ def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
 def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
     """Return the filter's judgement of a task, or of a line of JSON that should hold one.
 
-    What is to be kept is checked once more by a server with another random seed: what depends on it is no task.
+    What is to be kept is evaluated once more by a server with another random seed: what depends on it is no task.
     """
     start = time.monotonic()
     try:
         task = CodeAsTask.from_json(task) if isinstance(task, str) else task
         check_form(task)
-        check(jail, task, replica=0)
+        left: dict[str, tuple[Environment, Any]] = {}
+        check(jail, task, left, replica=0)
         try:
-            check(jail, task, replica=1)
+            check(jail, task, left, replica=1)
         except TaskError as rejection:
             raise TaskError(rejection.stage, f"with another random seed, {rejection.reason}") from None
     except TaskError as rejection:
@@ -882,6 +893,9 @@ def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int
         status = 2
     except (JailError, ValueError) as error:
         print(f"{name}: {error}", file=sys.stderr)
+        status = 2
+    except MemoryError as error:
+        print(f"{name}: {error or 'the memory does not suffice'}; {hint()}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; {hint()}", file=sys.stderr)

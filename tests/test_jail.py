@@ -760,19 +760,6 @@ def test_an_evaluation_that_draws_lots_is_rejected(jail):
     assert "with another random seed" in judge(jail, task_with(evaluation)).reason
 
 
-def test_a_solution_and_a_failure_case_that_follow_chance_are_rejected(jail):
-    for salt in range(100):  # one on which the servers disagree
-        draw = f"import random\nresult = int(random.Random(random.random() + {salt}).random() < 0.5)"
-        with jail.session(None, 0) as first, jail.session(None, 1) as second:
-            if (first.run(draw, "result").value, second.run(draw, "result").value) == (1, 0):
-                break
-    chance = CodeAsTask("calculator", SEED, "x", "def evaluate(answer): return answer == 1", draw, ["result = 2"] * 3)
-    assert says(jail, chance.evaluate) == [True] and judge(jail, chance).stage == "solution"
-    chance.solution, chance.failures = "result = 1", ["result = 2", "result = 3", draw.replace("< 0.5", ">= 0.5")]
-    judgement = judge(jail, chance)
-    assert judgement.stage == "failures" and "with another random seed, failure case 3 passes" in judgement.reason
-
-
 def test_an_evaluation_that_counts_its_calls_begins_anew_each_time(jail):
     evaluation = "calls = 0\ndef evaluate(answer):\n    global calls\n    calls += 1\n    return calls == 1"
     assert says(jail, evaluation, times=3) == [True, False, False]  # in one process it passes the solution, fails the rest
