@@ -45,6 +45,7 @@ from rl import (
     Policy,
     Trajectory,
     add_rollout_options,
+    advice_on_memory,
     append_lines,
     executor,
     load_policy,
@@ -570,8 +571,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict]:
         else:
             policy = load_policy(arguments.policy, arguments.adapter, seed=arguments.seed)
             finished, write = continued(arguments.episodes, setting)
-            results, _ = evaluate_policy(policy, jail, suites, arguments.seed, arguments.trials,
-                                         finished=finished, write=write, **rollout_limits(arguments))
+            with advice_on_memory(arguments.policy):
+                results, _ = evaluate_policy(policy, jail, suites, arguments.seed, arguments.trials,
+                                             finished=finished, write=write, **rollout_limits(arguments))
     return {suite: numbers | {"setting": setting} for suite, numbers in results.items()}
 
 

@@ -6,7 +6,8 @@ rejection fine-tuning (RFT): only the successes carry gradient. What differs her
 * a leave-one-out baseline (Kool et al. 2019; RLOO, arXiv 2402.14740), so that failures teach as well and
   the gradient has less variance. `baseline="none"` is the paper's RFT.
 * fresh rollouts at every step (on-policy) instead of 12,000 offline trajectories: at this size they are cheap.
-* QLoRA instead of full fine-tuning, so that an 8B model fits on one card.
+* QLoRA instead of full fine-tuning, and logits in chunks, so that an 8B model and the paper's context of 16,192
+  tokens are meant for one card: `python rl.py --fit MODEL` says what fits, before any weights are downloaded.
 * no division by a group's standard deviation and none by a trajectory's length (Dr. GRPO, arXiv 2503.20783),
   no clipping and no KL term: one gradient step per batch of rollouts needs none of them.
 
@@ -17,6 +18,7 @@ The data flow: episodes --rollout--> trajectories --leave_one_out--> advantages 
 Read next: eval.py, which measures a policy; before: verify.py, which runs and judges the model's code.
 """
 import argparse
+import copy
 import hashlib
 import json
 import logging
@@ -24,8 +26,10 @@ import math
 import platform
 import random
 import sys
+import tempfile
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,17 +38,27 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import torch
+from jinja2 import TemplateError  # of the language of chat templates; it comes with torch
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing")  # a new name is coming; peft uses the old one, too
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces optional kernels that we do not need
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DynamicCache,
+    PreTrainedConfig,
+)
 from transformers.cache_utils import DynamicLayer  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
@@ -66,6 +80,7 @@ HERE = Path(__file__).resolve().parent
 MAX_STEPS = 15  # the paper's limit for the executor (section 4)
 FEED_TOKENS = 8192  # of prompts and observations that go through the network at once
 CHUNK_TOKENS = 512  # whose logits exist at once in training
+CONTEXTS = (2048, 4096, 8192, 16_192)  # of which --fit speaks; the last is the paper's
 User = Callable[[list[list[dict]], torch.Generator], list[str | None]]  # from conversations to the users' next messages
 
 
@@ -99,33 +114,37 @@ def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, see
     Raises PolicyError if the model is missing or broken, or has no chat template.
     """
     path = HERE / "tiny" if name == "tiny" else name
-    on_gpu = torch.cuda.is_available()
-    compute_type = torch.bfloat16 if on_gpu else torch.float32
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_type,
-    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        base = AutoModelForCausalLM.from_pretrained(
-            path, quantization_config=quantization, dtype=compute_type, device_map={"": 0 if on_gpu else "cpu"}
-        )
+        base = load_base(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise PolicyError(f"cannot load the model {name!r}: {reason} (give a model folder or a hub name)") from error
     if tokenizer.chat_template is None:
         raise PolicyError(f"the model {name!r} has no chat template: use an instruction-tuned model")
-    # Always in training mode. There is no dropout, so the function is the same, but in evaluation mode
-    # bitsandbytes swaps in another CPU kernel, and sampler and trainer must compute the same probabilities.
-    base.train()
+    check_template(tokenizer)
     if not head_is_linear(base):
         raise PolicyError(f"the model {name!r} does more to its logits than one linear layer, which the trainer relies on: use another")
     model = attach_adapter(base, adapter, rank, seed).train()
     ends = base.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return Policy(model, tokenizer, frozenset(i for i in [*ends, tokenizer.eos_token_id] if i is not None))
+
+
+def load_base(path: str | Path, compute_type: torch.dtype) -> torch.nn.Module:
+    """Load a model with its linear layers as NF4 with double quantisation, on the GPU if there is one.
+
+    Always in training mode. There is no dropout, so the function is the same, but in evaluation mode bitsandbytes swaps
+    in another CPU kernel, and sampler and trainer must compute the same probabilities.
+    """
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_type,
+    )
+    device = 0 if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=quantization, dtype=compute_type, device_map={"": device}).train()
 
 
 @torch.no_grad()
@@ -170,21 +189,32 @@ def prompt_tokens(tokenizer, messages: list[dict]) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+def check_template(tokenizer) -> None:
+    """Raise PolicyError unless a conversation in the tokenizer's chat template only ever grows at its end.
+
+    Some templates rewrite earlier turns when a new one comes; those of models that reason drop their thoughts.
+    """
+    system, ask = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}
+    for turn in ("T", "<think>\nT\n</think>\n\nT"):
+        conversation = [system, ask, {"role": "assistant", "content": turn}]
+        try:
+            before, after = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in (conversation, [*conversation, ask])]
+        except TemplateError as error:
+            raise PolicyError(f"the model's chat template takes no system message, or no turns: {error}; use another model") from error
+        if not after.startswith(before):
+            raise PolicyError("the model's chat template rewrites earlier turns, so a trajectory cannot grow: use another model")
+
+
 def observation_tokens(tokenizer, observation: str) -> list[int]:
     """Return the token ids between two turns of the agent: the end of its turn, the observation, its next header.
 
     They are cut out of the chat template's own rendering of a short conversation, so they do not depend on
-    the conversation so far. Raises PolicyError if the template rewrites earlier turns when a new one comes.
+    the conversation so far (`check_template`).
     """
     marker = "MARKER"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
-    reply = {"role": "user", "content": defuse(tokenizer, observation)}
-    before = tokenizer.apply_chat_template(turns, tokenize=False)
-    after = tokenizer.apply_chat_template([*turns, reply], add_generation_prompt=True, tokenize=False)
-    if not after.startswith(before):
-        raise PolicyError("the model's chat template rewrites earlier turns, so a trajectory cannot grow: use another model")
-    between = after[after.index(marker) + len(marker):]
-    return tokenizer(between, add_special_tokens=False).input_ids
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}, {"role": "user", "content": defuse(tokenizer, observation)}]
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text[text.index(marker) + len(marker):], add_special_tokens=False).input_ids
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -385,7 +415,7 @@ def rollout(
     fit into the context, or the context not into the model's sliding window, which the cache does not imitate.
     """
     window = getattr(policy.model.config, "sliding_window", None)
-    if window and context > window + turn_tokens:
+    if window and window < context < sys.maxsize:
         raise PolicyError(f"the model sees a sliding window of {window:,} tokens: lower --context to that")
     user = user or own_user(policy, parallel, turn_tokens)
     trajectories = begin(policy, episodes, user, generator)
@@ -476,8 +506,9 @@ def play(
     """Play the episodes, each in a slot of the KV cache, which lasts from its first turn to its last.
 
     All slots sample a token in one pass of the network. When a turn has ended, its code runs in the jail while the
-    network goes on with the others; when half of the slots wait, they all go on, so that none waits for the slowest.
-    That is also when the users answer, all at once, and when waiting episodes take the slots of those that are over.
+    network goes on with the others. When half of the slots wait, they all go on, so that none waits for the slowest, and
+    yet what happens never depends on how fast the code was. That is also when the users answer, all at once, and when
+    waiting episodes take the slots of those that are over.
     """
     queue = deque(range(len(episodes)))
     slots = [queue.popleft() for _ in range(min(parallel, len(queue)))]  # the episode in each slot
@@ -499,7 +530,8 @@ def play(
             if 2 * len(steps) >= len(slots):
                 ended = {i for i, step in steps.items() if step.result()}
                 ended |= answer_users(policy, episodes, trajectories, steps, user, generator, context)
-                started = [len(t.tokens) if i in steps else started[i] for i, t in enumerate(trajectories)]
+                for i in steps:
+                    started[i] = len(trajectories[i].tokens)
                 steps.clear()
                 slots = [i if i not in ended else queue.popleft() if queue else None for i in slots]
                 if None in slots:
@@ -514,24 +546,24 @@ def fill(policy: Policy, cache: "SlotCache", slots: list[int], trajectories, pro
 
     Of the rollouts of a task, which share their prompt, one is fed with it; the others get a copy of its part of the cache.
     """
-    sources, copies, lacking = {}, [], {}
-    if any(fed[i] == 0 for i in slots):
-        for slot, i in sorted(enumerate(slots), key=lambda place: fed[place[1]] == 0):  # those that have it already come first
-            source = sources.setdefault(tuple(trajectories[i].tokens[:prompts[i]]), slot)
-            if fed[i] == 0 and source != slot:
+    lacking = {slot: trajectories[i].tokens[fed[i]:-1] for slot, i in enumerate(slots) if i not in steps}
+    lacking = {slot: tokens for slot, tokens in lacking.items() if tokens}
+    fresh, copies = [slot for slot in lacking if fed[slots[slot]] == 0], []
+    if fresh:
+        prompt = {slot: tuple(trajectories[i].tokens[:prompts[i]]) for slot, i in enumerate(slots)}
+        sources = {prompt[slot]: slot for slot in prompt if slot not in fresh}
+        for slot in fresh:
+            if (source := sources.setdefault(prompt[slot], slot)) != slot:
                 copies.append((source, slot))
     copied = {slot for _, slot in copies}
-    for slot, i in enumerate(slots):
-        if i not in steps and slot not in copied and len(trajectories[i].tokens) - 1 > fed[i]:
-            lacking[slot] = trajectories[i].tokens[fed[i]:-1]
-    places = list(lacking)
-    for batch in micro_batches([len(lacking[slot]) for slot in places], FEED_TOKENS):
-        batch = sorted(places[number] for number in batch)
+    new = [slot for slot in lacking if slot not in copied]
+    for batch in micro_batches([len(lacking[slot]) for slot in new], FEED_TOKENS):
+        batch = sorted(new[number] for number in batch)
         advance(policy, cache, batch, [lacking[slot] for slot in batch], [fed[slots[slot]] for slot in batch])
     for source, slot in copies:
-        cache.copy(source, slot, prompts[slots[slot]] - 1)
-    for slot in [*lacking, *copied]:
-        fed[slots[slot]] = len(trajectories[slots[slot]].tokens) - 1
+        cache.copy(source, slot, len(lacking[slot]))
+    for slot, tokens in lacking.items():
+        fed[slots[slot]] += len(tokens)
 
 
 def advance(policy: Policy, cache: "SlotCache", slots: Sequence[int], tokens: list[list[int]], starts: list[int]) -> torch.Tensor:
@@ -667,15 +699,13 @@ def trajectory_logprobs(policy: Policy, batch: list[Trajectory], temperature: fl
     """Return the log-probabilities of the agent's tokens [rows, columns-1], 0 elsewhere, and the mask that marks them.
 
     Column t holds log pi(token t+1 | tokens up to t) under logits / temperature, the transform that sampled.
-    The padding on the right is masked by length, never by token id: where pad equals the end of turn,
-    a mask by id would keep the end from being learnt.
+    The padding is on the right, where causal attention never sees it, and is told by the agent's mask, never by token
+    id: where pad equals the end of turn, a mask by id would keep the end from being learnt.
     """
     ids = pad_sequence([torch.tensor(t.tokens) for t in batch], batch_first=True).to(policy.device)  # [rows, columns]
-    lengths = torch.tensor([len(t.tokens) for t in batch], device=policy.device)
-    attention = torch.arange(ids.shape[1], device=policy.device)[None] < lengths[:, None]  # [rows, columns]
     agent = pad_sequence([torch.tensor(t.mask) for t in batch], batch_first=True).to(policy.device)[:, 1:]
     model = policy.model.get_base_model()  # with the adapter in it
-    states = model.get_decoder()(input_ids=ids, attention_mask=attention.long(), use_cache=False).last_hidden_state
+    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # [rows, columns, width]
     sampled = token_logprobs(model.get_output_embeddings(), states[:, :-1][agent], ids[:, 1:][agent], temperature)
     return sampled.new_zeros(agent.shape).masked_scatter(agent, sampled), agent
 
@@ -780,8 +810,8 @@ def train(
 
     A step draws options.tasks_per_step tasks, plays options.rollouts episodes of each, and takes one gradient
     step. With options.teacher_endpoint the model there plays them, and the step is one of cross-entropy on all that
-    it wrote, failures included: the paper's distillation. What it draws depends on options.seed and the step alone. The metrics are a line of metrics.jsonl,
-    the episodes lines of trajectories.jsonl.
+    it wrote, failures included: the paper's distillation. What it draws depends on options.seed and the step alone.
+    The metrics are a line of metrics.jsonl, the episodes lines of trajectories.jsonl.
     """
     teacher = endpoint_model(options.teacher_endpoint, options.teacher_model) if options.teacher_endpoint else None
     roll = partial(rollout_by, teacher) if teacher else rollout
@@ -844,7 +874,174 @@ def append_lines(path: Path, records: list[dict]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
+# will it fit? The memory of the code above, measured on one and two layers of a model's shape, and extrapolated
+
+SHAPES = {  # of models whose configuration the hub shows to registered users only
+    f"meta-llama/Llama-{name}-Instruct": dict(
+        model_type="llama", hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=8, head_dim=width // heads, vocab_size=128_256, tie_word_embeddings=tied, max_position_embeddings=131_072)
+    for name, width, inner, layers, heads, tied in [
+        ("3.2-1B", 2048, 8192, 16, 32, True), ("3.2-3B", 3072, 8192, 28, 24, True),
+        ("3.1-8B", 4096, 14_336, 32, 32, False), ("3.1-70B", 8192, 28_672, 80, 64, False)]
+}
+SMALL_VOCABULARY = 256  # of what is measured: the parts that grow with the vocabulary are added by arithmetic
+HEAD_BYTES = 16  # for each logit of a chunk, at the height of its backward pass
+KEPT_FREE = 1 / 12  # of the GPU's memory, for CUDA itself and for gaps between tensors
+RTX_3090 = 936e9, 71e12  # bytes that it reads in a second, and operations in 16 bits, by its data sheet
+
+
+def shape_of(name: str) -> PreTrainedConfig:
+    """Return a model's configuration, without its weights; raises PolicyError if it cannot be had."""
+    if name in SHAPES:
+        return AutoConfig.for_model(**SHAPES[name])
+    try:
+        return AutoConfig.from_pretrained(HERE / "tiny" if name == "tiny" else name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise PolicyError(f"cannot read the configuration of {name!r}: {reason} (known without it: {', '.join(SHAPES)})") from error
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made within it and still alive: `live`, and `peak`, the most there were.
+
+    Views of tensors that were there before, such as a model's weights, have to be told from new ones: these are `known`.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()):
+        super().__init__()
+        self.live, self.peak, self.storages = 0, 0, {tensor.untyped_storage()._cdata: None for tensor in known}
+
+    def __torch_dispatch__(self, function: Callable, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        tree_map_only(torch.Tensor, self.count, result)
+        return result
+
+    def count(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage, unless another tensor has brought it before, until it is freed."""
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self.storages:
+            self.storages[address] = weakref.finalize(storage, self.forget, address, size)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def forget(self, address: int, size: int) -> None:
+        """A storage was freed."""
+        del self.storages[address]
+        self.live -= size
+
+
+def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The tensors that a model consists of, with those that belong to its weights in 4 bits."""
+    states = [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None) is not None]
+    extra = [tensor for state in states for tensor in (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)]
+    tensors = [*model.parameters(), *model.buffers(), *extra]
+    return list({tensor.untyped_storage()._cdata: tensor for tensor in tensors}.values())  # shared ones once
+
+
+def byte_count(tensors: Iterable[torch.Tensor]) -> int:
+    """The bytes of some tensors' storages."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def small_memory(config: PreTrainedConfig, layers: int, tokens: int, rank: int) -> dict[str, int]:
+    """Measure the bytes that a shape's first `layers` layers need for one sequence of `tokens` tokens, with random weights.
+
+    weights: always; train: besides, at the height of a gradient step; feed: besides, at the height of a pass that fills the
+    cache; cache: of the cache itself.
+    """
+    small = copy.deepcopy(config)
+    small.num_hidden_layers, small.vocab_size = layers, SMALL_VOCABULARY
+    small.pad_token_id = small.bos_token_id = small.eos_token_id = None
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:layers]
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16).save_pretrained(folder)
+        policy = Policy(attach_adapter(load_base(folder, torch.bfloat16), None, rank, 0).train(), None, frozenset())
+    weights = weights_of(policy.model)
+    with LiveMemory(weights) as feeding, torch.inference_mode():
+        cache = SlotCache(policy.model.config, 1)
+        advance(policy, cache, [0], [[1] * tokens], [0])
+        stored = byte_count(layer.store for layer in cache.layers)
+    del cache
+    trajectory = Trajectory([1] * tokens, [False] + [True] * (tokens - 1), [0.0] * tokens)
+    with LiveMemory(weights) as training:
+        reinforce_step(policy, make_optimizer(policy, 1e-4), [trajectory], torch.ones(1))
+    return {"weights": byte_count(weights), "train": training.peak, "feed": feeding.peak - stored, "cache": stored}
+
+
+def memory_of(config: PreTrainedConfig, rank: int) -> Callable[[str, int], float]:
+    """Return the function that tells the bytes of `what` (see `small_memory`) for a number of tokens, at the model's full depth.
+
+    Memory is a sum of parts of which each is in proportion to the layers, to the tokens, to both or to neither. Four small
+    measurements determine it.
+    """
+    few = 512  # enough for checkpoints to outweigh the adapter's gradients, so that the height is where it is with many
+    measured = {(layers, tokens): small_memory(config, layers, tokens, rank) for layers in (1, 2) for tokens in (few, 2 * few)}
+    depth, width, heads = config.num_hidden_layers, config.hidden_size, 1 if config.tie_word_embeddings else 2
+    vocabulary = config.vocab_size - SMALL_VOCABULARY
+
+    def memory(what: str, tokens: int) -> float:
+        at = {place: values[what] for place, values in measured.items()}
+        layers = 2 if what == "feed" else depth  # nothing is kept from one layer to the next but what `cache` counts
+        by_depth = [at[1, t] + (layers - 1) * (at[2, t] - at[1, t]) for t in (few, 2 * few)]
+        size = by_depth[0] + (tokens / few - 1) * (by_depth[1] - by_depth[0])
+        if what == "weights":
+            size += heads * vocabulary * width * 2
+        if what == "train":  # at the height of a layer's backward pass, or at that of the logits, where only checkpoints are kept
+            size = max(size, tokens * depth * width * 2 + min(tokens, CHUNK_TOKENS) * config.vocab_size * HEAD_BYTES)
+        return size
+    return memory
+
+
+def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
+    """Return the table of what fits on a GPU, with the least time of a step of so many `episodes`.
+
+    The time is a bound, not a forecast: to sample, the weights and the caches are read once for each token of every
+    slot, half of a context being sampled; to train, a token costs 6 operations a weight (forward, forward again, and
+    backward to the adapter, whose own gradient is small).
+    """
+    config = shape_of(name)
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    memory, room = memory_of(config, rank), gpu_gb * 2**30 * (1 - KEPT_FREE)
+    weights, feed = memory("weights", 0), memory("feed", FEED_TOKENS)
+    lines = [f"{name}, LoRA of rank {rank}, on {gpu_gb:g} GB, of which {room / 2**30:.1f} GiB are used; weights {weights / 2**30:.2f} GiB",
+             f"{'context':>8} {'to train one':>14} {'cache of one':>14} {'side by side':>13} {'most memory':>12} {'a step, at least':>17}"]
+    for context in CONTEXTS:
+        train, cache = weights + memory("train", context), memory("cache", context)
+        parallel = max(0, int((room - weights - feed) // cache))
+        passes = episodes * context / 2 / max(parallel, 1)
+        seconds = passes * (weights + parallel * cache / 2) / RTX_3090[0] + episodes * context * 6 * parameters / RTX_3090[1]
+        most = max({"weights": weights, "training": train - weights, "caches": parallel * cache}.items(), key=lambda part: part[1])[0]
+        time = f"{seconds / 60:.1f} min" if parallel and train <= room else "does not fit"
+        lines.append(f"{context:8,} {train / 2**30:10.2f} GiB {cache / 2**30:10.2f} GiB {parallel:13,} {most:>12} {time:>17}")
+    note = f"A step: {episodes} episodes (--tasks-per-step x --rollouts), at the speed that the data sheet of an RTX 3090 allows."
+    return "\n".join([*lines, f"Give --context and at most so many --parallel as are side by side. {note}"])
+
+
+@contextmanager
+def advice_on_memory(model: str) -> Iterator[None]:
+    """Turn an allocation that failed into MemoryError with a sentence that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        size = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 24
+        raise MemoryError(f"the memory does not suffice: lower --parallel, --micro-batch-tokens or --context "
+                          f"(python rl.py --fit {model} --gpu-gb {size:.0f} shows what fits)") from error
+
+
+# ---------------------------------------------------------------------------------------------------
 # the command line: training alone, on a file of tasks
+
+def positive(text: str) -> int:
+    """Return the whole number of at least 1 that an option gives; raises ValueError for others, which argparse reports."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of loading, rollouts and training; their defaults are those of the embedded model."""
@@ -852,14 +1049,14 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--model", default="tiny", help="a model folder or a hub name")
     add("--seed", type=int, default=0, help="determines everything that is random")
     add("--steps", type=int, default=20, help="gradient steps")
-    add("--tasks-per-step", type=int, default=16, help="tasks of a step")
-    add("--rollouts", type=int, default=8, help="K, the rollouts of each task in a step")
+    add("--tasks-per-step", type=positive, default=16, help="tasks of a step")
+    add("--rollouts", type=positive, default=8, help="K, the rollouts of each task in a step")
     add("--baseline", default="leave-one-out", choices=["leave-one-out", "none"], help="none is the paper's rejection fine-tuning")
     add("--learning-rate", type=float, default=3e-3, help="of Adam; 1e-4 suits an 8B model")
     add("--teacher-endpoint", metavar="URL", help="learn from what the model at this address does, by cross-entropy (distillation)")
     add("--teacher-model", metavar="NAME", help="the model there")
-    add("--rank", type=int, default=8, help="of the LoRA adapter")
-    add("--micro-batch-tokens", type=int, default=8192, help="tokens, padding included, of one pass forward and backward")
+    add("--rank", type=positive, default=8, help="of the LoRA adapter")
+    add("--micro-batch-tokens", type=positive, default=8192, help="tokens, padding included, of one pass forward and backward")
     add("--importance-cap", type=float, metavar="C", help="weigh each token with min(p_trainer / p_sampler, C), if the two differ")
     add_rollout_options(parser)
 
@@ -867,9 +1064,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 def add_rollout_options(parser: argparse.ArgumentParser) -> None:
     """Add the limits of a rollout, and what is to happen where the jail is weak."""
     add = parser.add_argument
-    add("--parallel", type=int, default=192, help="episodes played side by side; fewer need less memory")
-    add("--turn-tokens", type=int, default=176, help="a turn is cut after so many tokens")
-    add("--context", type=int, default=512, help="an episode ends at so many tokens")
+    add("--parallel", type=positive, default=192, help="episodes played side by side; fewer need less memory")
+    add("--turn-tokens", type=positive, default=176, help="a turn is cut after so many tokens")
+    add("--context", type=positive, default=512, help="an episode ends at so many tokens")
     add("--allow-weak-jail", action="store_true", help="run the model's code even where the jail cannot close files and network")
     add_benchmark_options(parser)
     add("--user-endpoint", metavar="URL", help="an OpenAI-compatible address whose model plays the users (its key: OPENAI_API_KEY)")
@@ -881,18 +1078,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Train a policy on a file of tasks.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--tasks", type=Path, required=True, help="task lines, such as runs/<name>/tasks.jsonl")
+    parser.add_argument("--tasks", type=Path, help="task lines, such as runs/<name>/tasks.jsonl")
+    parser.add_argument("--fit", metavar="MODEL", help="only say which context and how many episodes of a model fit on a GPU")
+    parser.add_argument("--gpu-gb", type=float, default=24, help="the memory of that GPU")
     parser.add_argument("--out", type=Path, default=Path("runs/rl"), help="new folder for metrics, trajectories and adapter")
     add_training_options(parser)
     options = parser.parse_args()
 
     def work() -> None:
+        if options.fit:
+            print(fit(options.fit, options.gpu_gb, options.rank, options.tasks_per_step * options.rollouts))
+            return
+        if not options.tasks:
+            raise PolicyError("give --tasks FILE to train on, or --fit MODEL to see what fits on a GPU")
         open_benchmarks(options)
         tasks = [CodeAsTask.from_json(line) for line in options.tasks.read_text().splitlines()]
         options.out.mkdir(parents=True)
         policy = load_policy(options.model, rank=options.rank, seed=options.seed)
         optimizer = make_optimizer(policy, options.learning_rate)
-        with Jail(allow_weak=options.allow_weak_jail) as jail:
+        with Jail(allow_weak=options.allow_weak_jail) as jail, advice_on_memory(options.model):
             print(jail.describe())
             for metrics, episodes in train(policy, optimizer, jail, tasks, options):
                 append_lines(options.out / "metrics.jsonl", [metrics])

@@ -38,6 +38,7 @@ from rl import (
     Episode,
     Policy,
     add_training_options,
+    advice_on_memory,
     append_lines,
     load_policy,
     make_optimizer,
@@ -53,6 +54,7 @@ from rl import (
 from tools import ENVIRONMENTS, Environment, endpoint_model, make_environment
 from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task
 
+OF_MEMORY = ("parallel", "micro_batch_tokens")  # options that may be given anew when a run is resumed
 REJECTED_AT = ["parse", "runs", "solution", "failures", "held-out", "duplicate"]
 
 # ---------------------------------------------------------------------------------------------------
@@ -405,9 +407,9 @@ def resume_run(folder: Path) -> tuple[Run, argparse.Namespace]:
 def challenge(policy: Policy, optimizer: torch.optim.Optimizer, jail: Jail, held_out: HeldOut, run: Run, options) -> None:
     """Let the model write tasks, `options.parallel` attempts side by side, until options.challenges are made.
 
-    With options.challenger_endpoint the model there writes them. Each last submission goes to tasks.jsonl, or to rejected.jsonl with the stage and the reason. With
-    options.filter off, every task that can be read is kept, whatever the filter says, and nothing is revised:
-    the paper's ablation.
+    With options.challenger_endpoint the model there writes them. Each last submission goes to tasks.jsonl, or to
+    rejected.jsonl with the stage and the reason. With options.filter off, every task that can be read is kept, whatever
+    the filter says, and nothing is revised: the paper's ablation.
     """
     challenger = endpoint_model(options.challenger_endpoint, options.challenger_model) if options.challenger_endpoint else None
     play = partial(rollout_by, challenger) if challenger else rollout
@@ -464,7 +466,7 @@ def play_run(run: Run, options) -> dict:
     run.restore(policy, optimizer)
     suites = {name: load_suite(name, options.airline) for name in options.env}
     held_out = HeldOut([task for name in {**dict.fromkeys(SUITES), **suites} for task in load_suite(name, options.airline)])
-    with Jail(allow_weak=options.allow_weak_jail) as jail:
+    with Jail(allow_weak=options.allow_weak_jail) as jail, advice_on_memory(options.model):
         print(jail.describe())
         measure("before", suites, policy, optimizer, jail, run, options)
         with timed(run, "challenge"):
@@ -559,7 +561,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--env", nargs="+", default=list(SUITES), choices=list(ENVIRONMENTS), metavar="NAME", help="environments to train and be measured on")
     add("--name", help="the run's folder is runs/NAME; a free name is chosen otherwise")
-    add("--resume", type=Path, metavar="RUN", help="continue the interrupted run in this folder, with its own options")
+    add("--resume", type=Path, metavar="RUN", help="continue the interrupted run in this folder, with its own options; "
+        "only --parallel and --micro-batch-tokens can be given anew")
     add("--challenges", type=int, default=384, help="attempts of the challenger")
     add("--revisions", type=int, default=1, help="how often a rejected task may be mended")
     add("--no-filter", dest="filter", action="store_false", help="train on every task that can be read (the paper's ablation)")
@@ -570,21 +573,24 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--trials", type=int, default=4, help="sampled attempts at each held-out task; at least 4 for Pass@4")
     add_training_options(parser)
     options = parser.parse_args(arguments)
+    unset = argparse.Namespace(**dict.fromkeys(OF_MEMORY))  # in which only what stands on the command line gets a value
+    options.changed = {name: value for name, value in vars(parser.parse_args(arguments, unset)).items() if name in OF_MEMORY and value is not None}
     if options.baseline == "leave-one-out" and options.rollouts < 2:
         parser.error("the leave-one-out baseline needs at least two --rollouts of each task")
     return options
 
 
 def open_run(options: argparse.Namespace) -> tuple[Run, argparse.Namespace]:
-    """Make the run's folder, or find the one to resume; return it with the options that count.
+    """Make the run's folder, or find the one to resume; return it with the options that count: its own, but for OF_MEMORY.
 
     Raises RunError if a new run's folder exists already, or if there is nothing to resume.
     """
     if options.resume is not None:
-        return resume_run(options.resume)
+        run, settings = resume_run(options.resume)
+        return run, argparse.Namespace(**{**vars(settings), **options.changed})
     runs = Path("runs")
     name = options.name or next(f"run-{i}" for i in itertools.count(1) if not (runs / f"run-{i}").exists())
-    settings = {key: value for key, value in vars(options).items() if key not in ("resume", "name")}
+    settings = {key: value for key, value in vars(options).items() if key not in ("resume", "name", "changed")}
     return new_run(runs / name, settings), argparse.Namespace(**settings)
 
 

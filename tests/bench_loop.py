@@ -3,9 +3,9 @@
     python tests/bench_loop.py [options of selfchallenge.py]
 
 The run is played seven times, in turns with the jail and without. The fastest of three counts: whatever else the
-machine does can only add to it. Without, what each step of each episode brought
-is repeated from the first time, which itself does not count: it also warms everything up. The model writes the same
-tokens each time, which is checked, so the difference is what the jail adds: waiting for it, and sharing the processor.
+machine does can only add to it. Without, what each step of each episode brought is repeated from the first time, which
+itself does not count: it also warms everything up. The model writes the same tokens each time, which is checked, so the
+difference is what the jail adds: waiting for it, and sharing the processor.
 """
 import itertools
 import shutil
@@ -51,7 +51,7 @@ def played(arguments: list[str], memory: dict, repeat: bool) -> dict:
     folder = Path(tempfile.mkdtemp())
     try:
         options = selfchallenge.parse_options(arguments)
-        settings = {key: value for key, value in vars(options).items() if key not in ("resume", "name")}
+        settings = {key: value for key, value in vars(options).items() if key not in ("resume", "name", "changed")}
         return selfchallenge.play_run(selfchallenge.new_run(folder / "run", settings), options)
     finally:
         rl.Episode.__init__, rl.Episode.step, eval.with_baselines = make, step, with_baselines

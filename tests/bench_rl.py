@@ -1,14 +1,22 @@
-"""How fast episodes are played, beside what one would write instead: all in one run.
+"""How fast episodes are played, beside what one would write instead, and what large models need: all in one run.
 
-    python tests/bench_rl.py                                                     (the embedded model; on a CPU)
+    python tests/bench_rl.py                            (the embedded model, on a CPU)
+    python tests/bench_rl.py --shapes meta-llama/Llama-3.2-1B-Instruct meta-llama/Llama-3.2-3B-Instruct \\
+        meta-llama/Llama-3.1-8B-Instruct --gpu-gb 24    (models of random weights in these shapes, on a GPU of at least that size)
 
 The same episodes, in turns: by a plain `generate` on the padded history at every turn, by transformers' continuous
 batching at every turn, and by `rollout`. The rounds alternate, so that a busy spell of the machine meets all alike;
 the table shows the medians. What is sampled differs, so tokens a second are compared, of those that the model sampled.
+
+With --shapes each model is also trained on one trajectory of the paper's context, and plays episodes of 8,192 tokens, as
+many at once as `rl.py --fit` says, under a cap on the memory that stands in for the card. The peaks stand beside what
+--fit predicts. Weights are random, so every turn runs until it is cut; speed and memory do not depend on that.
 """
 import argparse
+import gc
 import platform
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -16,13 +24,35 @@ from statistics import median
 from typing import Callable
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from eval import SUITES, load_suite  # noqa: E402
-from rl import Episode, Policy, Trajectory, begin, executor, load_policy, rollout, seeded, silence, take_step, turn_text, versions  # noqa: E402
+from rl import (  # noqa: E402
+    FEED_TOKENS,
+    KEPT_FREE,
+    Episode,
+    LiveMemory,
+    Policy,
+    Trajectory,
+    begin,
+    byte_count,
+    executor,
+    load_policy,
+    make_optimizer,
+    memory_of,
+    reinforce_step,
+    rollout,
+    seeded,
+    shape_of,
+    silence,
+    take_step,
+    turn_text,
+    versions,
+    weights_of,
+)
 from verify import Jail  # noqa: E402
 
 TURN_TOKENS, CONTEXT = 176, 512
@@ -83,6 +113,75 @@ WAYS = {
 }
 
 
+def random_model(shape: str, folder: str) -> None:
+    """Write a model of random weights in a shape, with the embedded model's tokenizer and template."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        AutoModelForCausalLM.from_config(shape_of(shape), dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "tiny").save_pretrained(folder)
+
+
+def peak_of(policy: Policy, work: Callable[[], object]) -> tuple[float, float, object]:
+    """Return the most bytes in use during some work, its seconds, and what it returns; on a CPU those of tensors are counted."""
+    gc.collect()
+    if not torch.cuda.is_available():
+        with LiveMemory(weights_of(policy.model)) as memory:
+            start = time.perf_counter()
+            result = work()
+        return byte_count(weights_of(policy.model)) + memory.peak, time.perf_counter() - start, result
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(), time.perf_counter() - start, result
+
+
+class Talk(Episode):
+    """An episode that goes on until its context is full: each turn is answered by a short observation."""
+
+    def __init__(self, words: int):
+        self.messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "tea " * words}]
+        self.reward, self.status = 0.0, "running"
+
+    def step(self, text: str) -> str:
+        return "Observation:\n16"
+
+    def close(self) -> None:
+        """There is no session."""
+
+
+def measure_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
+    """Print the peaks of a training step on one trajectory of `long` tokens and of rollouts up to `context` tokens."""
+    memory = memory_of(shape_of(shape), rank=8)
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(shape, folder)
+        policy = load_policy(folder)
+    trajectory = Trajectory([5] * long, [False] + [True] * (long - 1), [-1.0] * long)
+    optimizer = make_optimizer(policy, 1e-4)
+    train = lambda: reinforce_step(policy, optimizer, [trajectory], torch.ones(1))  # noqa: E731
+    train()  # which makes the optimizer's state
+    report(f"train on {long:,} tokens", *peak_of(policy, train)[:2], memory("weights", 0) + memory("train", long))
+    room = gpu_gb * 2**30 * (1 - KEPT_FREE) - memory("weights", 0) - memory("feed", FEED_TOKENS)
+    parallel = min(16, int(room // memory("cache", context)))
+    play = lambda: rollout(policy, [Talk(context // 2) for _ in range(16)], seeded(policy.device, 0),  # noqa: E731
+                           parallel=parallel, turn_tokens=256, context=context)
+    peak, seconds, trajectories = peak_of(policy, play)
+    report(f"16 episodes of {context:,} tokens, {parallel} at once", peak, seconds,
+           memory("weights", 0) + memory("feed", FEED_TOKENS) + parallel * memory("cache", context))
+    sampled = sum(sum(t.mask) for t in trajectories)
+    read = sampled / parallel * (memory("weights", 0) + parallel * memory("cache", context * 3 // 4))
+    figures = reinforce_step(policy, optimizer, trajectories[:1], torch.ones(1))
+    print(f"  {sampled / seconds:,.0f} tokens a second; weights and cache read at {read / seconds / 1e9:,.0f} GB a second; "
+          f"mismatch_kl {figures['mismatch_kl']:.1e}; 800 tasks x 15 rollouts of {sampled // 16:,} sampled tokens: "
+          f"{12_000 * sampled / 16 / (sampled / seconds) / 3600:,.1f} hours")
+
+
+def report(what: str, peak: float, seconds: float, predicted: float) -> None:
+    """Print a measured peak beside the predicted one."""
+    print(f"  {what:45} {peak / 2**30:6.2f} GiB, predicted {predicted / 2**30:6.2f} ({predicted / peak - 1:+.0%}), {seconds:7.1f} s", flush=True)
+
+
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description="How fast episodes are played, and what else one could do.")
@@ -90,7 +189,18 @@ def main() -> None:
     parser.add_argument("--adapter", help="the folder of a trained adapter")
     parser.add_argument("--tasks", type=int, default=16, help="tasks, of which 8 episodes each are played")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
+    parser.add_argument("--shapes", nargs="+", default=[], metavar="MODEL", help="measure models of random weights in these shapes, on a GPU")
+    parser.add_argument("--gpu-gb", type=float, default=24, help="the card that a cap on the memory stands in for")
+    parser.add_argument("--context", type=int, default=8192, help="tokens of the episodes that are played with --shapes")
+    parser.add_argument("--trained", type=int, default=16_192, help="tokens of the trajectory that is trained on with --shapes")
     options = parser.parse_args()
+    for shape in options.shapes:
+        device = "CPU"
+        if torch.cuda.is_available():
+            device, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(options.gpu_gb * 2**30 * (1 - KEPT_FREE) / total)
+        print(f"{shape}, random weights, {device}, capped at {options.gpu_gb * (1 - KEPT_FREE):.1f} GiB")
+        measure_shape(shape, options.gpu_gb, options.context, options.trained)
     policy = load_policy(options.model, options.adapter)
     everything = [task for suite in SUITES for task in load_suite(suite)]
     tasks = [everything[i * len(everything) // options.tasks] for i in range(options.tasks)]

@@ -1,10 +1,14 @@
 """The policy: hand-computed advantages and losses, the mask, the invariants of the gradient, rollouts in the real jail."""
+import contextlib
+import dataclasses
 import itertools
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, Qwen2Config
 
 import rl
 from rl import (
@@ -122,7 +126,7 @@ def test_the_loss_by_hand():
             super().__init__()
             self.table = torch.nn.Parameter(torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5]])))
 
-        def forward(self, input_ids, attention_mask, use_cache):
+        def forward(self, input_ids, use_cache):
             return SimpleNamespace(last_hidden_state=torch.nn.functional.one_hot(input_ids, 3).float())
 
         def get_output_embeddings(self):
@@ -222,6 +226,68 @@ def test_the_end_of_a_turn_is_learnt_although_it_may_be_the_pad(policy):
     trajectory = Trajectory([9, 8, end], [False, True, True], [0.0, -1.0, -1.0])
     _, agent = trajectory_logprobs(policy, [trajectory], 1.0)
     assert agent.tolist() == [[True, True]]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+def test_log_probabilities_in_chunks_equal_the_plain_ones(monkeypatch, chunk):
+    """Values and gradients, and no more logits exist at once than those of a chunk, forward or backward."""
+    monkeypatch.setattr(rl, "CHUNK_TOKENS", chunk)
+    generator = torch.Generator().manual_seed(0)
+    weight, states = torch.randn(50, 8, generator=generator), torch.randn(30, 8, generator=generator, requires_grad=True)
+    tokens, upstream, sizes = torch.randint(50, (30,), generator=generator), torch.randn(30, generator=generator), []
+
+    def head(states):
+        sizes.append(len(states))
+        return states @ weight.T
+
+    ours = rl.token_logprobs(head, states, tokens, 0.7)
+    (our_gradient,) = torch.autograd.grad(ours, states, upstream)
+    plain = torch.log_softmax(states @ weight.T / 0.7, -1).gather(1, tokens[:, None])[:, 0]
+    (gradient,) = torch.autograd.grad(plain, states, upstream)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(our_gradient, gradient)
+    assert max(sizes) <= chunk and sum(sizes) == 2 * 30  # forward, and again for the gradient
+
+
+def test_logits_are_computed_for_the_agent_s_tokens_alone(policy):
+    trajectories, rows = some_trajectories(), []
+    head = policy.model.get_base_model().get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+    trajectory_logprobs(policy, trajectories, 1.0)
+    hook.remove()
+    assert sum(rows) == sum(sum(t.mask) for t in trajectories)
+
+
+def test_checkpointing_changes_no_gradient_and_leaves_the_cache_on(policy, monkeypatch):
+    trajectories, advantage = some_trajectories(), torch.tensor([1.0, -0.2, 0.0, 0.6, -1.0])
+    layers = []
+    hook = policy.model.get_base_model().get_decoder().layers[1].self_attn.register_forward_pre_hook(lambda *_: layers.append(1))
+    with_it, _ = fresh_gradient(policy, trajectories, advantage, micro_batch_tokens=10_000)
+    passes = len(layers)
+    monkeypatch.setattr(rl, "checkpointed", contextlib.nullcontext)
+    without, _ = fresh_gradient(policy, trajectories, advantage, micro_batch_tokens=10_000)
+    hook.remove()
+    assert (passes, len(layers)) == (2, 3)  # attention runs again in the backward pass, and only with it
+    for one, other in zip(with_it, without):
+        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-4)
+    assert not policy.model.get_base_model().is_gradient_checkpointing
+
+
+def test_an_importance_ratio_weighs_each_token_up_to_its_cap(policy):
+    """The sampler is said to have been half as sure of the first turn and three times as sure of the second."""
+    trajectory = some_trajectories(1)[0]
+    logprobs, agent = trajectory_logprobs(policy, [trajectory], 1.0)
+    trajectory.logprobs = [0.0, *logprobs[0].tolist()]
+    plain, figures = fresh_gradient(policy, [trajectory], torch.tensor([1.0]), importance_cap=1.5)
+    assert figures["mismatch_kl"] == pytest.approx(0.0, abs=1e-6)  # the ratio is 1
+    second = max(i for i, sampled in enumerate(trajectory.mask) if not sampled) + 1
+    shifts = [0.0 if not sampled else -math.log(2) if i < second else math.log(3) for i, sampled in enumerate(trajectory.mask)]
+    trajectory.logprobs = [before + shift for before, shift in zip(trajectory.logprobs, shifts)]
+    _, figures = fresh_gradient(policy, [trajectory], torch.tensor([1.0]), importance_cap=1.5)
+    turns = [(0, second, 1.5), (second, len(shifts), 1 / 3)]  # min(2, 1.5) and min(1/3, 1.5)
+    expected = -sum(weight * (logprobs[0] * agent[0])[start - 1 if start else 0:stop - 1].sum().item() for start, stop, weight in turns)
+    assert figures["loss"] == pytest.approx(expected, rel=1e-4)
+    assert figures["mismatch_kl"] == pytest.approx(sum(shifts) / sum(trajectory.mask), abs=1e-5)
 
 
 def test_micro_batches_hold_every_index_once_within_the_budget():
@@ -332,6 +398,36 @@ class Script(Episode):
         self.closed = True
 
 
+def test_greedy_turns_depend_neither_on_the_slots_nor_on_who_shares_a_prompt(policy, jail):
+    """Alone, five at a time and all together: the same tokens, and log-probabilities that differ by rounding only."""
+    tasks = [dataclasses.replace(TASK, seed=seed) for seed in (3, 3, 3, 4, 5, 3, 4)]
+    played = [rollout(policy, [Executor(jail, task) for task in tasks], seeded("cpu", 1), temperature=0, parallel=parallel, turn_tokens=60)
+              for parallel in (1, 3, 7)]
+    for other in played[1:]:
+        for one, same in zip(played[0], other):
+            assert one.tokens == same.tokens and one.mask == same.mask
+            torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(same.logprobs), atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_that_rollouts_share_is_computed_once(policy, jail, monkeypatch):
+    fed, advance = [], rl.advance
+
+    def counted(policy, cache, slots, tokens, starts):
+        fed.extend(len(row) for row, start in zip(tokens, starts) if start == 0)
+        return advance(policy, cache, slots, tokens, starts)
+
+    monkeypatch.setattr(rl, "advance", counted)
+    trajectories = rollout(policy, [Executor(jail, TASK) for _ in range(6)], seeded("cpu", 5), parallel=2)
+    prompt = len(prompt_tokens(policy.tokenizer, Executor(jail, TASK).messages))
+    assert len(trajectories) == 6 and fed == [prompt - 1]  # its last token is where each begins to sample
+
+
+def test_a_model_with_a_sliding_window_keeps_to_it(policy, monkeypatch):
+    monkeypatch.setattr(policy.model.config, "sliding_window", 64, raising=False)
+    with pytest.raises(PolicyError, match="sliding window of 64 tokens"):
+        rollout(policy, [Script(1)], seeded("cpu", 2), context=512)
+
+
 def test_every_episode_gets_its_turns_whatever_the_batch(policy):
     episodes = [Script(turns) for turns in (1, 3, 2, 1, 4)]
     trajectories = rollout(policy, episodes, seeded("cpu", 2), parallel=2, turn_tokens=4)
@@ -383,15 +479,154 @@ def test_observation_tokens_continue_the_prompt(policy):
     assert tokenizer.decode(pieces) == whole
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(policy):
-    import copy
+BLOCK = "{{ '<|im_start|>' + m.role + '\n' + %s + '<|im_end|>\n' }}"
+CHATML = "{% for m in messages %}" + BLOCK % "m.content" + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+HEADERS = (
+    "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+FORGETS_THOUGHTS = CHATML.replace(BLOCK % "m.content", BLOCK % "(m.content if loop.last else m.content.split('</think>')[-1])")
 
-    tokenizer = copy.deepcopy(policy.tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
-    with pytest.raises(PolicyError, match="rewrites earlier turns"):
-        observation_tokens(tokenizer, "o")
+
+def model_folder(folder, config, template, special, end):
+    """Write a model of random weights, whose tokenizer is the embedded one with other special tokens and another template."""
+    tokenizer = AutoTokenizer.from_pretrained(rl.HERE / "tiny")
+    tokenizer.add_special_tokens({"additional_special_tokens": special, "eos_token": end, "pad_token": end})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config.vocab_size, config.eos_token_id, config.pad_token_id = len(tokenizer), tokenizer.eos_token_id, tokenizer.eos_token_id
+    config.bos_token_id = tokenizer.eos_token_id
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="200KB")
+    return folder
+
+
+SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+MODELS = {
+    "Qwen-like": (Qwen2Config(**SMALL), CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
+    "Llama-3-like": (LlamaConfig(**SMALL), HEADERS,
+                     ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>"),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def another(request, tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("model"), *MODELS[request.param])
+
+
+def test_any_chat_model_plays_learns_and_is_saved(another, tmp_path):
+    """Sharded weights, pad equal to the end of a turn: the trainer sees the sampler's probabilities, and peft loads the adapter."""
+    assert len(list(another.glob("*.safetensors"))) > 1
+    policy = load_policy(str(another), seed=1)
+    episodes = [Script(turns) for turns in (1, 3, 2)]
+    trajectories = rollout(policy, episodes, seeded("cpu", 2), turn_tokens=8)
+    assert [policy.tokenizer.apply_chat_template(e.messages, tokenize=False).startswith(policy.tokenizer.decode(t.tokens[:t.mask.index(True)]))
+            for e, t in zip(episodes, trajectories)] == [True] * 3
+    figures = reinforce_step(policy, make_optimizer(policy, 1e-2), trajectories, torch.tensor([1.0, -1.0, 0.5]))
+    assert abs(figures["mismatch_kl"]) < 1e-5 and figures["gradient_norm"] > 0 and figures["trained_tokens"] == sum(sum(t.mask) for t in trajectories)
+    policy.model.save_pretrained(tmp_path)
+    trained = trajectory_logprobs(policy, trajectories, 1.0)[0]
+    for loaded in (PeftModel.from_pretrained(load_policy(str(another), seed=1).model.unload(), str(tmp_path)),
+                   load_policy(str(another), adapter=tmp_path).model):
+        assert torch.equal(trajectory_logprobs(rl.Policy(loaded.train(), policy.tokenizer, policy.stop_ids), trajectories, 1.0)[0], trained)
+    assert not torch.equal(trajectory_logprobs(load_policy(str(another), seed=1), trajectories, 1.0)[0], trained)
+
+
+@pytest.mark.parametrize("template, reason", [
+    ("{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}<|end|>{% endfor %}", "rewrites earlier turns"),
+    (FORGETS_THOUGHTS, "rewrites earlier turns"),
+    ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+    (None, "no chat template"),
+], ids=["drops turns", "drops thoughts", "no system", "none"])
+def test_a_template_that_cannot_be_used_is_one_sentence(tmp_path, template, reason):
+    config, _, special, end = MODELS["Qwen-like"]
+    folder = model_folder(tmp_path / "model", config, template, special, end)
+    (folder / "chat_template.jinja").unlink(missing_ok=template is None)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(PolicyError, match=reason):
+        load_policy(str(folder))
+
+
+def test_logits_that_are_not_those_of_one_linear_layer_are_refused(tmp_path):
+    capped = Gemma2Config(**SMALL, final_logit_softcapping=1.0, sliding_window=64)
+    folder = model_folder(tmp_path / "model", capped, *MODELS["Qwen-like"][1:])
+    with pytest.raises(PolicyError, match="does more to its logits"):
+        load_policy(str(folder))
 
 
 def test_a_missing_model_is_one_sentence():
     with pytest.raises(PolicyError, match="cannot load the model"):
         load_policy("./no/such-model")
+
+
+# ---------------------------------------------------------------------------------------------------
+# will it fit?
+
+@pytest.mark.parametrize("name, parameters", [
+    ("3.2-1B", 1_235_814_400), ("3.2-3B", 3_212_749_824), ("3.1-8B", 8_030_261_248), ("3.1-70B", 70_553_706_496)])
+def test_the_built_in_shapes_have_the_published_numbers_of_weights(name, parameters):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(rl.shape_of(f"meta-llama/Llama-{name}-Instruct"))
+    assert model.num_parameters() == parameters
+
+
+def test_live_memory_counts_each_storage_once_while_it_lives():
+    with rl.LiveMemory() as memory:
+        one = torch.zeros(1000)
+        view, two = one[:10], torch.zeros(500)
+        assert (memory.live, memory.peak) == (6000, 6000)
+        del one, two
+        assert (memory.live, memory.peak) == (4000, 6000)  # the view still needs the first
+        del view
+        assert memory.live == 0
+    weight = torch.zeros(1000)
+    with rl.LiveMemory([weight]) as memory:
+        view = weight[:10]
+        assert memory.live == 0 and view is not None
+
+
+SMALL_SHAPES = {
+    "wide": LlamaConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2, vocab_size=256),
+    "deep": LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=16, num_attention_heads=4, num_key_value_heads=4, vocab_size=256),
+    "Qwen-like": Qwen2Config(hidden_size=192, intermediate_size=512, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=2, vocab_size=256),
+}
+
+
+@pytest.mark.parametrize("config", SMALL_SHAPES.values(), ids=SMALL_SHAPES)
+def test_memory_is_predicted_within_a_tenth_of_what_the_whole_model_needs(config):
+    predicted, tokens = rl.memory_of(config, rank=8), 1500
+    measured = rl.small_memory(config, config.num_hidden_layers, tokens, rank=8)
+    for what in ("weights", "train", "feed", "cache"):
+        assert predicted(what, tokens) == pytest.approx(measured[what], rel=0.1), what
+
+
+def test_the_bytes_of_a_logit_are_as_measured():
+    head = torch.nn.Linear(16, 5000, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    states, tokens = torch.zeros(rl.CHUNK_TOKENS, 16, dtype=torch.bfloat16, requires_grad=True), torch.zeros(rl.CHUNK_TOKENS, dtype=torch.long)
+    with rl.LiveMemory([head.weight, states]) as memory:
+        rl.token_logprobs(head, states, tokens, 1.0).sum().backward()
+    assert memory.peak / (rl.CHUNK_TOKENS * 5000) == pytest.approx(rl.HEAD_BYTES, rel=0.02)
+
+
+def test_fit_says_what_fits_or_that_nothing_does(capsys, monkeypatch):
+    for gpu_gb, said in (("24", "min"), ("0.001", "does not fit")):
+        monkeypatch.setattr("sys.argv", ["rl.py", "--fit", "tiny", "--gpu-gb", gpu_gb])
+        assert rl.main() == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if line[:8].strip().replace(",", "").isdigit()]
+        assert len(lines) == len(rl.CONTEXTS) and all(said in line for line in lines)
+
+
+@pytest.mark.parametrize("arguments, said", [(["--fit", "./no/such-model"], "cannot read the configuration"), ([], "--tasks FILE")])
+def test_fit_of_nothing_is_one_sentence(capsys, monkeypatch, arguments, said):
+    monkeypatch.setattr("sys.argv", ["rl.py", *arguments])
+    assert rl.main() == 2
+    output = capsys.readouterr().err
+    assert said in output and "Traceback" not in output
+
+
+def test_a_lack_of_memory_ends_in_advice():
+    with pytest.raises(MemoryError, match="--fit some-model"), rl.advice_on_memory("some-model"):
+        torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="another"), rl.advice_on_memory("some-model"):
+        raise RuntimeError("another error")

@@ -275,6 +275,14 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(whole, tmp_path, na
     assert all(ours[key] == theirs[key] for key in ("before", "after", "filter"))
 
 
+def test_a_resumed_run_may_be_given_less_memory_and_nothing_else(whole, monkeypatch):
+    options = selfchallenge.parse_options(["--resume", str(whole), "--parallel", "3", "--seed", "9"])
+    _, settings = selfchallenge.open_run(options)
+    own = json.loads((whole / "config.json").read_text())
+    assert vars(settings) == {**own, "parallel": 3} and own["seed"] != 9
+    assert selfchallenge.parse_options([]).changed == {}
+
+
 def test_a_finished_run_is_not_overwritten(whole):
     done = command(*SMALL, "--name", "a", cwd=whole.parent.parent)
     assert done.returncode == 2 and "exists already" in done.stderr and "Traceback" not in done.stderr
@@ -307,6 +315,7 @@ def test_a_lost_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path):
         (["--resume", "nowhere"], "no run to resume"),
         (["--env", "chess"], "invalid choice"),
         (["--steps", "many"], "invalid int"),
+        (["--parallel", "0"], "invalid positive value: '0'"),
         (["--rollouts", "1"], "at least two"),
     ],
 )
@@ -326,7 +335,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     run = tmp_path / "runs" / "full"
     (run / "checkpoint").mkdir(parents=True)
     options = vars(selfchallenge.parse_options(SMALL))
-    (run / "config.json").write_text(json.dumps({k: v for k, v in options.items() if k not in ("resume", "name")}))
+    (run / "config.json").write_text(json.dumps({k: v for k, v in options.items() if k not in ("resume", "name", "changed")}))
     os.symlink("/dev/full", run / "checkpoint" / "state.partial")
     done = command("--resume", str(run), cwd=tmp_path)
     assert done.returncode == 2 and "No space left" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
