@@ -977,7 +977,8 @@ def memory_of(config: PreTrainedConfig, rank: int) -> Callable[[str, int], float
     measurements determine it.
     """
     few = 512  # enough for checkpoints to outweigh the adapter's gradients, so that the height is where it is with many
-    measured = {(layers, tokens): small_memory(config, layers, tokens, rank) for layers in (1, 2) for tokens in (few, 2 * few)}
+    places = [(layers, tokens) for layers in (1, 2) for tokens in (few, 2 * few)]
+    measured = {place: small_memory(config, *place, rank) for place in tqdm(places, desc="measuring", unit="shape", leave=False)}
     depth, width, heads = config.num_hidden_layers, config.hidden_size, 1 if config.tie_word_embeddings else 2
     vocabulary = config.vocab_size - SMALL_VOCABULARY
 

@@ -70,7 +70,7 @@ def main() -> None:
     print(f"{'seconds':12} {'with the jail':>14} {'without':>8} {'added':>7}")
     for phase in seconds[True][0]:
         jailed, free = [min(run[phase] for run in seconds[repeat]) for repeat in (False, True)]
-        every = "   ".join(" ".join(f"{run[phase]:.1f}" for run in seconds[repeat]) for repeat in (True, False))
+        every = "   ".join(" ".join(f"{run[phase]:.1f}" for run in seconds[repeat]) for repeat in (False, True))
         print(f"{phase:12} {jailed:14.1f} {free:8.1f} {jailed / free - 1:7.0%}   (of {every})")
 
 

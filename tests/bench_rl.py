@@ -164,7 +164,7 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
     report(f"train on {long:,} tokens", *peak_of(policy, train)[:2], memory("weights", 0) + memory("train", long))
     room = gpu_gb * 2**30 * (1 - KEPT_FREE) - memory("weights", 0) - memory("feed", FEED_TOKENS)
     parallel = min(16, int(room // memory("cache", context)))
-    play = lambda: rollout(policy, [Talk(context // 2) for _ in range(16)], seeded(policy.device, 0),  # noqa: E731
+    play = lambda: rollout(policy, [Talk(context // 4) for _ in range(16)], seeded(policy.device, 0),  # noqa: E731
                            parallel=parallel, turn_tokens=256, context=context)
     peak, seconds, trajectories = peak_of(policy, play)
     report(f"16 episodes of {context:,} tokens, {parallel} at once", peak, seconds,
