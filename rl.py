@@ -575,12 +575,14 @@ def advance(policy: Policy, cache: "SlotCache", slots: Sequence[int], tokens: li
     width = max(map(len, tokens))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=policy.device)  # [rows, width]
     columns = torch.tensor(starts, device=policy.device)[:, None] + torch.arange(width, device=policy.device)  # [rows, width]
-    ends = torch.tensor([[len(row) - 1] for row in tokens], device=policy.device)  # [rows, 1]
+    ends = torch.tensor([len(row) - 1 for row in tokens], device=policy.device)  # [rows]
     cache.aim(slots, columns, max(starts) + width)
     visible = torch.arange(cache.end, device=policy.device) <= columns[:, None, :, None]  # [rows, 1, width, columns]
-    return policy.model(
-        input_ids=ids, attention_mask=visible, position_ids=columns, past_key_values=cache, use_cache=True, logits_to_keep=ends
-    ).logits[:, 0].float()
+    model = policy.model.get_base_model()  # with the adapter in it
+    states = model.get_decoder()(
+        input_ids=ids, attention_mask=visible, position_ids=columns, past_key_values=cache, use_cache=True
+    ).last_hidden_state  # [rows, width, hidden]
+    return model.get_output_embeddings()(states[torch.arange(len(ends), device=policy.device), ends]).float()
 
 
 def turn_text(policy: Policy, tokens: list[int]) -> str:
