@@ -512,8 +512,11 @@ def play(
     """
     queue = deque(range(len(episodes)))
     slots = [queue.popleft() for _ in range(min(parallel, len(queue)))]  # the episode in each slot
-    prompts = [len(t.tokens) for t in trajectories]
-    cache, fed, started, steps = SlotCache(policy.model.config, len(slots)), [0] * len(episodes), list(prompts), {}
+    cache = SlotCache(policy.model.config, len(slots))
+    prompts = [len(t.tokens) for t in trajectories]  # of each episode, as are the next two
+    fed = [0] * len(episodes)                        # tokens that the cache holds: while an episode samples, all but the last
+    started = list(prompts)                          # where the agent's turn begins
+    steps = {}                                       # {episode: the future of its turn's code}: these wait
     with ThreadPoolExecutor(2) as workers:
         while slots:
             fill(policy, cache, slots, trajectories, prompts, fed, steps)

@@ -437,6 +437,15 @@ def test_every_episode_gets_its_turns_whatever_the_batch(policy):
     assert all(sum(t.mask) <= 4 * turns for t, turns in zip(trajectories, (1, 3, 2, 1, 4)))
 
 
+def test_what_a_turn_breaks_is_not_passed_over(policy):
+    class Broken(Script):
+        def step(self, text):
+            raise JailError("the jail is closed")
+
+    with pytest.raises(JailError):
+        rollout(policy, [Broken(1), Broken(3)], seeded("cpu", 2), turn_tokens=4)
+
+
 def test_the_executor_is_rewarded_by_the_state_it_leaves(jail):
     right = Executor(jail, TASK)
     assert right.step("THOUGHT: look END THOUGHT\nACTION:\nx = amount('tea')\nprint(x)\nEND ACTION").startswith("Observation:\n")
