@@ -23,6 +23,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import platform
 import random
 import sys
@@ -455,32 +456,22 @@ def rollout_by(
     user = user or own_user(policy, limits["parallel"], limits["turn_tokens"])
     trajectories = begin(policy, episodes, user, generator)
     running = [i for i, episode in enumerate(episodes) if episode.status == "running"]
-    with ThreadPoolExecutor(2) as workers:
-        while running:
-            texts = model([episodes[i].messages for i in running])
-            steps = {}
-            for i, text in zip(running, texts):
-                if text is None:
-                    episodes[i].reward, episodes[i].status = math.nan, "model failed"
-                    steps[i] = workers.submit(go_on, policy, episodes[i], trajectories[i], None, context)
-                else:
-                    end_of_turn = observation_tokens(policy.tokenizer, "")[:1]
-                    said = policy.tokenizer(defuse(policy.tokenizer, text), add_special_tokens=False).input_ids
-                    trajectories[i].extend(said + end_of_turn, True, [0.0] * (len(said) + 1))
-                    steps[i] = workers.submit(take_step, policy, episodes[i], trajectories[i], text, context)
-            ended = {i for i, step in steps.items() if step.result()}
-            ended |= answer_users(policy, episodes, trajectories, steps, user, generator, context)
-            running = [i for i in running if i not in ended]
-            if bar is not None:
-                bar.update(len(ended))
+    end_of_turn = observation_tokens(policy.tokenizer, "")[:1]
+    while running:
+        texts = dict(zip(running, model([episodes[i].messages for i in running])))
+        failed = {i for i, text in texts.items() if text is None}
+        for i in failed:
+            episodes[i].reward, episodes[i].status = math.nan, "model failed"
+            go_on(policy, episodes[i], trajectories[i], None, context)
+            del texts[i]
+        for i, text in texts.items():
+            said = policy.tokenizer(defuse(policy.tokenizer, text), add_special_tokens=False).input_ids + end_of_turn
+            trajectories[i].extend(said, True, [0.0] * len(said))
+        ended = failed | take_steps(policy, episodes, trajectories, texts, user, generator, context)
+        running = [i for i in running if i not in ended]
+        if bar is not None:
+            bar.update(len(ended))
     return trajectories
-
-
-def answer_users(policy: Policy, episodes, trajectories, those, user: User, generator: torch.Generator, context: int) -> set[int]:
-    """Let the users of `those` episodes whose agents have spoken reply, all at once; return which episodes end by that."""
-    asked = [i for i in those if episodes[i].asks]
-    messages = user([episodes[i].conversation for i in asked], generator) if asked else []
-    return {i for i, message in zip(asked, messages) if go_on(policy, episodes[i], trajectories[i], episodes[i].hear(message), context)}
 
 
 def own_user(policy: Policy, parallel: int, turn_tokens: int) -> User:
@@ -505,10 +496,10 @@ def play(
 ) -> None:
     """Play the episodes, each in a slot of the KV cache, which lasts from its first turn to its last.
 
-    All slots sample a token in one pass of the network. When a turn has ended, its code runs in the jail while the
-    network goes on with the others. When half of the slots wait, they all go on, so that none waits for the slowest, and
-    yet what happens never depends on how fast the code was. That is also when the users answer, all at once, and when
-    waiting episodes take the slots of those that are over.
+    All slots sample a token in one pass of the network. An episode whose turn has ended waits; when half of the slots
+    wait, `take_steps` runs the code of all their turns side by side, while the network rests, and they all go on. So none
+    waits for the slowest, the network has the processor to itself, and what happens never depends on how fast code was.
+    That is also when waiting episodes take the slots of those that are over.
     """
     queue = deque(range(len(episodes)))
     slots = [queue.popleft() for _ in range(min(parallel, len(queue)))]  # the episode in each slot
@@ -516,40 +507,37 @@ def play(
     prompts = [len(t.tokens) for t in trajectories]  # of each episode, as are the next two
     fed = [0] * len(episodes)                        # tokens that the cache holds: while an episode samples, all but the last
     started = list(prompts)                          # where the agent's turn begins
-    steps = {}                                       # {episode: the future of its turn's code}: these wait
-    with ThreadPoolExecutor(2) as workers:
-        while slots:
-            fill(policy, cache, slots, trajectories, prompts, fed, steps)
-            last = [[0] if i in steps else trajectories[i].tokens[-1:] for i in slots]  # 0 for a slot that waits, which changes nothing
-            logits = advance(policy, cache, range(len(slots)), last, [fed[i] for i in slots])
-            sampled = torch.stack(sample_tokens(logits, generator, temperature)).tolist()  # [2, slots]: the one synchronisation of a pass
-            for i, token, logprob in zip(slots, map(int, sampled[0]), sampled[1]):
-                if i not in steps:
-                    fed[i] = len(trajectories[i].tokens)
-                    trajectories[i].extend([token], True, [logprob])
-                    if token in policy.stop_ids or len(trajectories[i].tokens) == started[i] + turn_tokens:
-                        text = turn_text(policy, trajectories[i].tokens[started[i]:])
-                        steps[i] = workers.submit(take_step, policy, episodes[i], trajectories[i], text, context)
-            if 2 * len(steps) >= len(slots):
-                ended = {i for i, step in steps.items() if step.result()}
-                ended |= answer_users(policy, episodes, trajectories, steps, user, generator, context)
-                for i in steps:
-                    started[i] = len(trajectories[i].tokens)
-                steps.clear()
-                slots = [i if i not in ended else queue.popleft() if queue else None for i in slots]
-                if None in slots:
-                    cache.keep([slot for slot, i in enumerate(slots) if i is not None])
-                    slots = [i for i in slots if i is not None]
-                if bar is not None:
-                    bar.update(len(ended))
+    turns = {}                                       # {episode: the text of its turn}: these wait
+    while slots:
+        fill(policy, cache, slots, trajectories, prompts, fed, turns)
+        last = [[0] if i in turns else trajectories[i].tokens[-1:] for i in slots]  # 0 for a slot that waits, which changes nothing
+        logits = advance(policy, cache, range(len(slots)), last, [fed[i] for i in slots])
+        sampled = torch.stack(sample_tokens(logits, generator, temperature)).tolist()  # [2, slots]: the one synchronisation of a pass
+        for i, token, logprob in zip(slots, map(int, sampled[0]), sampled[1]):
+            if i not in turns:
+                fed[i] = len(trajectories[i].tokens)
+                trajectories[i].extend([token], True, [logprob])
+                if token in policy.stop_ids or len(trajectories[i].tokens) == started[i] + turn_tokens:
+                    turns[i] = turn_text(policy, trajectories[i].tokens[started[i]:])
+        if 2 * len(turns) >= len(slots):
+            ended = take_steps(policy, episodes, trajectories, turns, user, generator, context)
+            for i in turns:
+                started[i] = len(trajectories[i].tokens)
+            turns.clear()
+            slots = [i if i not in ended else queue.popleft() if queue else None for i in slots]
+            if None in slots:
+                cache.keep([slot for slot, i in enumerate(slots) if i is not None])
+                slots = [i for i in slots if i is not None]
+            if bar is not None:
+                bar.update(len(ended))
 
 
-def fill(policy: Policy, cache: "SlotCache", slots: list[int], trajectories, prompts: list[int], fed: list[int], steps: dict) -> None:
+def fill(policy: Policy, cache: "SlotCache", slots: list[int], trajectories, prompts: list[int], fed: list[int], turns: dict) -> None:
     """Feed the cache what it lacks of each slot's trajectory, save for the last token, from which the next is sampled.
 
     Of the rollouts of a task, which share their prompt, one is fed with it; the others get a copy of its part of the cache.
     """
-    lacking = {slot: trajectories[i].tokens[fed[i]:-1] for slot, i in enumerate(slots) if i not in steps}
+    lacking = {slot: trajectories[i].tokens[fed[i]:-1] for slot, i in enumerate(slots) if i not in turns}
     lacking = {slot: tokens for slot, tokens in lacking.items() if tokens}
     fresh, copies = [slot for slot in lacking if fed[slots[slot]] == 0], []
     if fresh:
@@ -591,6 +579,19 @@ def advance(policy: Policy, cache: "SlotCache", slots: Sequence[int], tokens: li
 def turn_text(policy: Policy, tokens: list[int]) -> str:
     """Return the text of a turn, without the tokens that end it."""
     return policy.tokenizer.decode([token for token in tokens if token not in policy.stop_ids], skip_special_tokens=True)
+
+
+def take_steps(
+    policy: Policy, episodes: list[Episode], trajectories: list[Trajectory], turns: dict[int, str], user: User,
+    generator: torch.Generator, context: int,
+) -> set[int]:
+    """Hand the episodes their agents' turns, side by side, then let users reply, all at once; return which episodes are over."""
+    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as workers:
+        over = workers.map(lambda i: take_step(policy, episodes[i], trajectories[i], turns[i], context), turns)
+        ended = {i for i, is_over in zip(turns, over) if is_over}
+    asked = [i for i in turns if episodes[i].asks]
+    messages = user([episodes[i].conversation for i in asked], generator) if asked else []
+    return ended | {i for i, message in zip(asked, messages) if go_on(policy, episodes[i], trajectories[i], episodes[i].hear(message), context)}
 
 
 def take_step(policy: Policy, episode: Episode, trajectory: Trajectory, text: str, context: int) -> bool:
