@@ -79,7 +79,8 @@ from verify import (  # noqa: E402
 transformers_logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 MAX_STEPS = 15  # the paper's limit for the executor (section 4)
-FEED_TOKENS = 8192  # of prompts and observations that go through the network at once
+FEED_COLUMNS = 16_384  # of the cache that a pass looks at which feeds it prompts and observations, over all its rows
+FEED_TOKENS = 2048  # that go through the network in such a pass
 CHUNK_TOKENS = 512  # whose logits exist at once in training
 CONTEXTS = (2048, 4096, 8192, 16_192)  # of which --fit speaks; the last is the paper's
 User = Callable[[list[list[dict]], torch.Generator], list[str | None]]  # from conversations to the users' next messages
@@ -411,12 +412,12 @@ def rollout(
 ) -> list[Trajectory]:
     """Play the episodes to their ends, `parallel` side by side; return their trajectories in the episodes' order.
 
-    temperature 0 is greedy. A turn is cut after `turn_tokens`, an episode ends at `context` tokens. `user` speaks
+    temperature 0 is greedy. A turn is cut after `turn_tokens` and at `context` tokens, where the episode ends. `user` speaks
     for the users of conversations; without one, the policy's base model does. Raises PolicyError if a prompt does not
     fit into the context, or the context not into the model's sliding window, which the cache does not imitate.
     """
     window = getattr(policy.model.config, "sliding_window", None)
-    if window and window < context < sys.maxsize:
+    if window and window < context:
         raise PolicyError(f"the model sees a sliding window of {window:,} tokens: lower --context to that")
     user = user or own_user(policy, parallel, turn_tokens)
     trajectories = begin(policy, episodes, user, generator)
@@ -478,8 +479,9 @@ def own_user(policy: Policy, parallel: int, turn_tokens: int) -> User:
     """Return a user whom the policy's own base model plays: without the adapter, so that training does not change it."""
     def reply(conversations: list[list[dict]], generator: torch.Generator) -> list[str]:
         turns = [UserTurn(conversation) for conversation in conversations]
+        room = turn_tokens + max(len(prompt_tokens(policy.tokenizer, turn.messages)) for turn in turns)
         with policy.model.disable_adapter():
-            rollout(policy, turns, generator, parallel=parallel, turn_tokens=turn_tokens, context=sys.maxsize, user=silence)
+            rollout(policy, turns, generator, parallel=parallel, turn_tokens=turn_tokens, context=room, user=silence)
         return [turn.text for turn in turns]
     return reply
 
@@ -503,7 +505,7 @@ def play(
     """
     queue = deque(range(len(episodes)))
     slots = [queue.popleft() for _ in range(min(parallel, len(queue)))]  # the episode in each slot
-    cache = SlotCache(policy.model.config, len(slots))
+    cache = SlotCache(policy.model.config, len(slots), context)
     prompts = [len(t.tokens) for t in trajectories]  # of each episode, as are the next two
     fed = [0] * len(episodes)                        # tokens that the cache holds: while an episode samples, all but the last
     started = list(prompts)                          # where the agent's turn begins
@@ -517,7 +519,7 @@ def play(
             if i not in turns:
                 fed[i] = len(trajectories[i].tokens)
                 trajectories[i].extend([token], True, [logprob])
-                if token in policy.stop_ids or len(trajectories[i].tokens) == started[i] + turn_tokens:
+                if token in policy.stop_ids or len(trajectories[i].tokens) == min(started[i] + turn_tokens, context):
                     turns[i] = turn_text(policy, trajectories[i].tokens[started[i]:])
         if 2 * len(turns) >= len(slots):
             ended = take_steps(policy, episodes, trajectories, turns, user, generator, context)
@@ -536,6 +538,8 @@ def fill(policy: Policy, cache: "SlotCache", slots: list[int], trajectories, pro
     """Feed the cache what it lacks of each slot's trajectory, save for the last token, from which the next is sampled.
 
     Of the rollouts of a task, which share their prompt, one is fed with it; the others get a copy of its part of the cache.
+    A pass is bounded in tokens and in columns, rows times columns, of which attention may make copies: a long prompt goes
+    in pieces.
     """
     lacking = {slot: trajectories[i].tokens[fed[i]:-1] for slot, i in enumerate(slots) if i not in turns}
     lacking = {slot: tokens for slot, tokens in lacking.items() if tokens}
@@ -547,27 +551,31 @@ def fill(policy: Policy, cache: "SlotCache", slots: list[int], trajectories, pro
             if (source := sources.setdefault(prompt[slot], slot)) != slot:
                 copies.append((source, slot))
     copied = {slot for _, slot in copies}
-    new = [slot for slot in lacking if slot not in copied]
-    for batch in micro_batches([len(lacking[slot]) for slot in new], FEED_TOKENS):
-        batch = sorted(new[number] for number in batch)
-        advance(policy, cache, batch, [lacking[slot] for slot in batch], [fed[slots[slot]] for slot in batch])
+    new = {slot: tokens for slot, tokens in lacking.items() if slot not in copied}
+    for first in range(0, max(map(len, new.values()), default=0), FEED_TOKENS):
+        pieces = [(slot, tokens[first:first + FEED_TOKENS], fed[slots[slot]] + first) for slot, tokens in new.items() if len(tokens) > first]
+        sizes = [max(start + len(tokens), len(tokens) * FEED_COLUMNS // FEED_TOKENS) for _, tokens, start in pieces]
+        for batch in micro_batches(sizes, FEED_COLUMNS):
+            advance(policy, cache, *zip(*(pieces[number] for number in sorted(batch))))
     for source, slot in copies:
         cache.copy(source, slot, len(lacking[slot]))
     for slot, tokens in lacking.items():
         fed[slots[slot]] += len(tokens)
 
 
-def advance(policy: Policy, cache: "SlotCache", slots: Sequence[int], tokens: list[list[int]], starts: list[int]) -> torch.Tensor:
+def advance(policy: Policy, cache: "SlotCache", slots: Sequence[int], tokens: Sequence[list[int]], starts: Sequence[int]) -> torch.Tensor:
     """Feed some slots tokens, from the columns `starts` of their caches on; return the logits after the last [slots, vocabulary].
 
     A token's column in the cache is its position, so a slot holds no padding. Shorter rows of the pass are padded on the
-    right: what that writes into the cache lies behind all that the slot looks at, until its next tokens overwrite it.
+    right: what that writes into the cache lies behind all that the slot looks at, until its next tokens overwrite it. The
+    last column, where padding ends up at the latest, is never looked at: an episode ends before its last token is fed.
     """
     width = max(map(len, tokens))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=policy.device)  # [rows, width]
     columns = torch.tensor(starts, device=policy.device)[:, None] + torch.arange(width, device=policy.device)  # [rows, width]
+    columns = columns.clamp(max=cache.columns - 1)
     ends = torch.tensor([len(row) - 1 for row in tokens], device=policy.device)  # [rows]
-    cache.aim(slots, columns, max(starts) + width)
+    cache.aim(slots, columns, min(max(starts) + width, cache.columns))
     visible = torch.arange(cache.end, device=policy.device) <= columns[:, None, :, None]  # [rows, 1, width, columns]
     model = policy.model.get_base_model()  # with the adapter in it
     states = model.get_decoder()(
@@ -621,9 +629,7 @@ def go_on(policy: Policy, episode: Episode, trajectory: Trajectory, reply: str |
 
 
 class SlotLayer(DynamicLayer):
-    """A layer of a SlotCache: `store` [2, slots, heads, columns, width] holds keys and values, with columns to spare."""
-
-    SPARE = 64
+    """A layer of a SlotCache: `store` [2, slots, heads, columns, width] holds keys and values, all of it from the first pass on."""
 
     def __init__(self, cache: "SlotCache"):
         super().__init__()
@@ -631,27 +637,25 @@ class SlotLayer(DynamicLayer):
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Write states [rows, heads, new columns, width]; return those that the rows may see, [rows, heads, columns, width]."""
-        rows, columns, end, slots = self.cache.rows, self.cache.columns, self.cache.end, self.cache.slots
-        if self.store is None or end > self.store.shape[3]:
-            old, self.store = self.store, keys.new_zeros(2, slots, keys.shape[1], end + self.SPARE, keys.shape[3])
-            if old is not None:
-                self.store[:, :, :, :old.shape[3]] = old
-        self.store[0][rows[:, None], :, columns] = keys.transpose(1, 2)
-        self.store[1][rows[:, None], :, columns] = values.transpose(1, 2)
-        keys, values = self.store[:, :, :, :end]
-        return (keys, values) if len(rows) == slots else (keys[rows], values[rows])  # a copy for a part of the slots only
+        cache = self.cache
+        if self.store is None:
+            self.store = keys.new_zeros(2, cache.slots, keys.shape[1], cache.columns, keys.shape[3])
+        self.store[0][cache.rows[:, None], :, cache.targets] = keys.transpose(1, 2)
+        self.store[1][cache.rows[:, None], :, cache.targets] = values.transpose(1, 2)
+        keys, values = self.store[:, :, :, :cache.end]
+        return (keys, values) if len(cache.rows) == cache.slots else (keys[cache.rows], values[cache.rows])  # a copy for a part only
 
 
 class SlotCache(DynamicCache):
     """A KV cache of slots, each of which holds an episode: a token's column in it is its position in the trajectory."""
 
-    def __init__(self, config: Any, slots: int):
+    def __init__(self, config: Any, slots: int, columns: int):
         super().__init__(config=config)
-        self.slots, self.layers = slots, [SlotLayer(self) for _ in self.layers]
+        self.slots, self.columns, self.layers = slots, columns, [SlotLayer(self) for _ in self.layers]
 
-    def aim(self, rows: Sequence[int], columns: torch.Tensor, end: int) -> None:
-        """Say where the next pass writes: into the slots `rows`, in ascending order, at `columns`, which lie before `end`."""
-        self.rows, self.columns, self.end = torch.tensor(rows, device=columns.device), columns, end
+    def aim(self, rows: Sequence[int], targets: torch.Tensor, end: int) -> None:
+        """Say where the next pass writes: into the slots `rows`, in ascending order, at the columns `targets`, before `end`."""
+        self.rows, self.targets, self.end = torch.tensor(rows, device=targets.device), targets, end
 
     def copy(self, source: int, slot: int, end: int) -> None:
         """Give a slot the same columns as another one, up to `end`."""
@@ -950,12 +954,8 @@ def byte_count(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
-def small_memory(config: PreTrainedConfig, layers: int, tokens: int, rank: int) -> dict[str, int]:
-    """Measure the bytes that a shape's first `layers` layers need for one sequence of `tokens` tokens, with random weights.
-
-    weights: always; train: besides, at the height of a gradient step; feed: besides, at the height of a pass that fills the
-    cache; cache: of the cache itself.
-    """
+def small_policy(config: PreTrainedConfig, layers: int, rank: int) -> Policy:
+    """Return a policy of random weights: a shape's first `layers` layers, with a small vocabulary and no tokenizer."""
     small = copy.deepcopy(config)
     small.num_hidden_layers, small.vocab_size = layers, SMALL_VOCABULARY
     small.pad_token_id = small.bos_token_id = small.eos_token_id = None
@@ -963,41 +963,54 @@ def small_memory(config: PreTrainedConfig, layers: int, tokens: int, rank: int) 
         small.layer_types = small.layer_types[:layers]
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16).save_pretrained(folder)
-        policy = Policy(attach_adapter(load_base(folder, torch.bfloat16), None, rank, 0).train(), None, frozenset())
-    weights = weights_of(policy.model)
-    with LiveMemory(weights) as feeding, torch.inference_mode():
-        cache = SlotCache(policy.model.config, 1)
-        advance(policy, cache, [0], [[1] * tokens], [0])
-        stored = byte_count(layer.store for layer in cache.layers)
-    del cache
+        return Policy(attach_adapter(load_base(folder, torch.bfloat16), None, rank, 0).train(), None, frozenset())
+
+
+def training_memory(policy: Policy, tokens: int) -> int:
+    """Measure the bytes that a gradient step on one trajectory of so many tokens needs, at its height, besides the weights."""
     trajectory = Trajectory([1] * tokens, [False] + [True] * (tokens - 1), [0.0] * tokens)
-    with LiveMemory(weights) as training:
+    with LiveMemory(weights_of(policy.model)) as memory:
         reinforce_step(policy, make_optimizer(policy, 1e-4), [trajectory], torch.ones(1))
-    return {"weights": byte_count(weights), "train": training.peak, "feed": feeding.peak - stored, "cache": stored}
+    return memory.peak
+
+
+@torch.inference_mode()
+def cache_memory(policy: Policy) -> tuple[int, float]:
+    """Measure the bytes that the largest pass which feeds a cache needs besides weights and cache, and those of a cached token."""
+    with LiveMemory(weights_of(policy.model)) as memory:
+        cache = SlotCache(policy.model.config, 1, FEED_COLUMNS)
+        advance(policy, cache, [0], [[1] * FEED_TOKENS], [FEED_COLUMNS - FEED_TOKENS])
+        stored = byte_count(layer.store for layer in cache.layers)
+    return memory.peak - stored, stored / FEED_COLUMNS
 
 
 def memory_of(config: PreTrainedConfig, rank: int) -> Callable[[str, int], float]:
-    """Return the function that tells the bytes of `what` (see `small_memory`) for a number of tokens, at the model's full depth.
+    """Return the function that tells the bytes of `what` for a number of tokens, at the model's full depth.
 
-    Memory is a sum of parts of which each is in proportion to the layers, to the tokens, to both or to neither. Four small
-    measurements determine it.
+    weights: always; train: besides, at the height of a step on one trajectory of so many tokens; cache: of so many tokens;
+    feed: besides weights and caches, at the height of a pass that fills them, whatever the number of tokens.
+    Memory is a sum of parts of which each is in proportion to the layers, to the tokens, to both or to neither, so that
+    measurements of one and two layers determine it. Passes without a gradient keep nothing from layer to layer.
     """
-    few = 512  # enough for checkpoints to outweigh the adapter's gradients, so that the height is where it is with many
-    places = [(layers, tokens) for layers in (1, 2) for tokens in (few, 2 * few)]
-    measured = {place: small_memory(config, *place, rank) for place in tqdm(places, desc="measuring", unit="shape", leave=False)}
+    few = 512  # tokens: enough for checkpoints to outweigh the adapter's gradients, so that the height is where it is with many
+    policies = [small_policy(config, layers, rank) for layers in (1, 2)]
+    train = [[training_memory(policy, tokens) for policy in policies]
+             for tokens in tqdm((few, 2 * few), desc="measuring", unit="length", leave=False)]
+    feed, token = cache_memory(policies[0])
+    weights = [byte_count(weights_of(policy.model)) for policy in policies]
     depth, width, heads = config.num_hidden_layers, config.hidden_size, 1 if config.tie_word_embeddings else 2
-    vocabulary = config.vocab_size - SMALL_VOCABULARY
+
+    def of_all_layers(one: float, two: float) -> float:
+        return one + (depth - 1) * (two - one)
 
     def memory(what: str, tokens: int) -> float:
-        at = {place: values[what] for place, values in measured.items()}
-        layers = 2 if what == "feed" else depth  # nothing is kept from one layer to the next but what `cache` counts
-        by_depth = [at[1, t] + (layers - 1) * (at[2, t] - at[1, t]) for t in (few, 2 * few)]
-        size = by_depth[0] + (tokens / few - 1) * (by_depth[1] - by_depth[0])
         if what == "weights":
-            size += heads * vocabulary * width * 2
+            return of_all_layers(*weights) + heads * (config.vocab_size - SMALL_VOCABULARY) * width * 2
         if what == "train":  # at the height of a layer's backward pass, or at that of the logits, where only checkpoints are kept
-            size = max(size, tokens * depth * width * 2 + min(tokens, CHUNK_TOKENS) * config.vocab_size * HEAD_BYTES)
-        return size
+            of_few, of_twice = (of_all_layers(*sizes) for sizes in train)
+            return max(of_few + (tokens / few - 1) * (of_twice - of_few),
+                       tokens * depth * width * 2 + min(tokens, CHUNK_TOKENS) * config.vocab_size * HEAD_BYTES)
+        return depth * token * tokens if what == "cache" else feed
     return memory
 
 
@@ -1012,7 +1025,7 @@ def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     memory, room = memory_of(config, rank), gpu_gb * 2**30 * (1 - KEPT_FREE)
-    weights, feed = memory("weights", 0), memory("feed", FEED_TOKENS)
+    weights, feed = memory("weights", 0), memory("feed", 0)
     lines = [f"{name}, LoRA of rank {rank}, on {gpu_gb:g} GB, of which {room / 2**30:.1f} GiB are used; weights {weights / 2**30:.2f} GiB",
              f"{'context':>8} {'to train one':>14} {'cache of one':>14} {'side by side':>13} {'most memory':>12} {'a step, at least':>17}"]
     for context in CONTEXTS:

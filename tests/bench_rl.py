@@ -31,7 +31,6 @@ sys.path.insert(0, str(ROOT))
 
 from eval import SUITES, load_suite  # noqa: E402
 from rl import (  # noqa: E402
-    FEED_TOKENS,
     KEPT_FREE,
     Episode,
     LiveMemory,
@@ -162,13 +161,13 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
     train = lambda: reinforce_step(policy, optimizer, [trajectory], torch.ones(1))  # noqa: E731
     train()  # which makes the optimizer's state
     report(f"train on {long:,} tokens", *peak_of(policy, train)[:2], memory("weights", 0) + memory("train", long))
-    room = gpu_gb * 2**30 * (1 - KEPT_FREE) - memory("weights", 0) - memory("feed", FEED_TOKENS)
+    room = gpu_gb * 2**30 * (1 - KEPT_FREE) - memory("weights", 0) - memory("feed", 0)
     parallel = min(16, int(room // memory("cache", context)))
     play = lambda: rollout(policy, [Talk(context // 4) for _ in range(16)], seeded(policy.device, 0),  # noqa: E731
                            parallel=parallel, turn_tokens=256, context=context)
     peak, seconds, trajectories = peak_of(policy, play)
     report(f"16 episodes of {context:,} tokens, {parallel} at once", peak, seconds,
-           memory("weights", 0) + memory("feed", FEED_TOKENS) + parallel * memory("cache", context))
+           memory("weights", 0) + memory("feed", 0) + parallel * memory("cache", context))
     sampled = sum(sum(t.mask) for t in trajectories)
     read = sampled / parallel * (memory("weights", 0) + parallel * memory("cache", context * 3 // 4))
     figures = reinforce_step(policy, optimizer, trajectories[:1], torch.ones(1))

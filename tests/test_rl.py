@@ -605,9 +605,12 @@ SMALL_SHAPES = {
 @pytest.mark.parametrize("config", SMALL_SHAPES.values(), ids=SMALL_SHAPES)
 def test_memory_is_predicted_within_a_tenth_of_what_the_whole_model_needs(config):
     predicted, tokens = rl.memory_of(config, rank=8), 1500
-    measured = rl.small_memory(config, config.num_hidden_layers, tokens, rank=8)
-    for what in ("weights", "train", "feed", "cache"):
-        assert predicted(what, tokens) == pytest.approx(measured[what], rel=0.1), what
+    policy = rl.small_policy(config, config.num_hidden_layers, rank=8)
+    feed, token = rl.cache_memory(policy)
+    measured = {"weights": rl.byte_count(rl.weights_of(policy.model)), "train": rl.training_memory(policy, tokens),
+                "feed": feed, "cache": tokens * token}
+    for what, size in measured.items():
+        assert predicted(what, tokens) == pytest.approx(size, rel=0.1), what
 
 
 def test_the_bytes_of_a_logit_are_as_measured():
