@@ -63,12 +63,14 @@ from verify import (  # noqa: E402
     CodeAsTask,
     FormatError,
     Jail,
+    TaskError,
     Verdict,
     add_benchmark_options,
     evaluate,
     guarded,
     observation,
     parse_step,
+    read_lines,
 )
 
 transformers_logging.disable_progress_bar()
@@ -230,7 +232,7 @@ class Episode:
     def __init__(self, jail: Jail, env: str, seed: int):
         self.jail, self.env, self.seed = jail, env, seed
         self.environment = make_environment(env, seed)
-        self.session = jail.session(self.environment, replica=seed)
+        self.session = jail.session(self.environment, replica=seed)  # which spreads the work over the servers
         self.messages: list[dict] = []
         self.reward, self.steps, self.status = 0.0, 0, "running"
 
@@ -510,7 +512,7 @@ class SupportAgent(Executor):
         self.said.append(content)
         self.conversation.append({"role": "user", "content": content})
         self.asks = True
-        return ""
+        return ""  # no observation yet, and no end
 
     def hear(self, message: str | None) -> str | None:
         """Take the user's message, None if the user failed; return the next observation, or None at the end."""
@@ -701,6 +703,11 @@ def advantages(rewards: torch.Tensor, baseline: str = "leave-one-out") -> torch.
     return (rewards - (total - rewards) / (count - 1)).nan_to_num(0.0)  # [tasks, K]
 
 
+def signal_share(rewards: torch.Tensor) -> float:
+    """Return the share of tasks of which some rollouts succeeded and some failed, for rewards [tasks, K]; the others teach nothing."""
+    return ((rewards == 1).any(1) & (rewards == 0).any(1)).float().mean().item()
+
+
 def trajectory_logprobs(policy: Policy, batch: list[Trajectory], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probabilities of the agent's tokens [rows, columns-1], 0 elsewhere, and the mask that marks them.
 
@@ -821,6 +828,8 @@ def train(
     """
     if not tasks:
         raise PolicyError("there are no tasks to train on")
+    if options.baseline == "leave-one-out" and options.rollouts < 2:
+        raise PolicyError("the leave-one-out baseline needs at least two --rollouts of each task")
     limits = rollout_limits(options)
     teacher = endpoint_model(options.teacher_endpoint, options.teacher_model) if options.teacher_endpoint else None
     roll = partial(rollout_by, teacher) if teacher else rollout
@@ -838,16 +847,11 @@ def train(
             importance_cap=None if teacher else options.importance_cap)
         if teacher:
             del figures["mismatch_kl"]  # the policy has not sampled these
-        reward, signal = rewards.nanmean().nan_to_num(0.0).item(), share_with_signal(rewards)
+        reward, signal = rewards.nanmean().nan_to_num(0.0).item(), signal_share(rewards)
         speed = sum(map(sum, (t.mask for t in trajectories))) / (time.monotonic() - started)
         bar.set_postfix(reward=f"{reward:.2f}", signal=f"{signal:.2f}", tokens_per_s=f"{speed:.0f}")
         metrics = {"step": step, "reward": reward, "signal": signal, **figures}
         yield metrics, [record("train", step, episode, t) for episode, t in zip(episodes, trajectories)]
-
-
-def share_with_signal(rewards: torch.Tensor) -> float:
-    """Return the share of tasks of which some rollouts succeeded and some failed, for rewards [tasks, K]: the others teach nothing."""
-    return ((rewards == 1).any(1) & (rewards == 0).any(1)).float().mean().item()
 
 
 def rollout_limits(options) -> dict:
@@ -1031,6 +1035,15 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
     add("--user-model", metavar="NAME", help="the model there; without an endpoint the policy's own base plays the users")
 
 
+def read_tasks(path: Path) -> Iterator[CodeAsTask]:
+    """Yield the tasks of a file; raises PolicyError that names the line if one cannot be read."""
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            yield CodeAsTask.from_json(line)
+        except TaskError as error:
+            raise PolicyError(f"line {number} of {path} is no task: {error}") from error
+
+
 def main() -> int:
     """Train on the tasks of a file; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -1050,9 +1063,9 @@ def main() -> int:
         if not options.tasks:
             raise PolicyError("give --tasks FILE to train on, or --fit MODEL to see what fits on a GPU")
         open_benchmarks(options)
-        tasks = [CodeAsTask.from_json(line) for line in options.tasks.read_text().splitlines()]
-        options.out.mkdir(parents=True)
+        tasks = list(read_tasks(options.tasks))
         policy = load_policy(options.model, rank=options.rank, seed=options.seed)
+        options.out.mkdir(parents=True)
         optimizer = make_optimizer(policy, options.learning_rate)
         with Jail(allow_weak=options.allow_weak_jail) as jail, advice_on_memory(options.model):
             print(jail.describe())

@@ -237,7 +237,7 @@ class Challenger(Episode):
     """The challenger's episode: it explores the world of a seed, then hands in a task, and may revise it.
 
     The filter judges every submission. Its verdict, with the traceback, is simply the next observation. The
-    reward is 1 if the last submission was kept; it serves the reader, the challenger is not trained.
+    reward is 1 if the last submission passed the filter; it serves the reader, the challenger is not trained.
     """
 
     max_steps = 8  # exploring and revising together
@@ -447,14 +447,14 @@ def sort_out(episode: Challenger, known: list, held_out: HeldOut, filtered: bool
     task, judgement = episode.submissions[-1]
     if task is None:
         return {**place, "stage": "parse", "reason": judgement.reason, "text": episode.messages[-1]["content"]}
-    mentioned = words(task.instruction)
-    if held_out.leaks(task.instruction):
+    told = as_kept(task)["instruction"]
+    if held_out.leaks(f"{told} {task.instruction}"):  # the second has the numbers that the first withholds
         return {**vars(task), "stage": "held-out", "reason": "it shares its parameters with a held-out task"}
     if filtered and not judgement.ok:
         return {**vars(task), "stage": judgement.stage, "reason": judgement.reason}
-    if any(env == episode.env and near(mentioned, other) for env, other in known):
+    if any(env == episode.env and near(words(told), other) for env, other in known):
         return {**vars(task), "stage": "duplicate", "reason": "a task with nearly the same words was kept before"}
-    known.append((episode.env, mentioned))
+    known.append((episode.env, words(told)))
     return None
 
 

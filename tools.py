@@ -331,6 +331,9 @@ class Shop(Environment):
 
 # ---------------------------------------------------------------------------------------------------
 # the worlds of the paper: checkouts that the user makes, of which nothing is part of this repository
+# (on a first reading go on with verify.py: up to the last file the toy worlds are all that is needed)
+#
+# `load` fills the classes below with what a checkout holds; until then `missing` says what the user must do.
 
 class BenchmarkError(ValueError):
     """A checkout that cannot be used; the message is one sentence that says what to do."""
@@ -847,14 +850,6 @@ def spoken(text: str) -> str:
     """Return what a user says of what a model wrote: its thoughts, where it writes any, are not for the agent."""
     text = re.sub(r"<think>.*?(</think>|$)|THOUGHT:.*?(END THOUGHT|$)", "", text, flags=re.DOTALL)
     return STOP if STOP in text else text.strip() or "(The customer says nothing.)"
-
-
-def scripted_user(lines: list[str]) -> Callable:
-    """Return a user who says these lines in turn, and then stops; for tests and for baselines."""
-    def reply(conversations: list[list[dict]], generator: Any = None) -> list[str]:
-        turns = [sum(message["role"] == "assistant" for message in conversation) for conversation in conversations]
-        return [lines[turn] if turn < len(lines) else STOP for turn in turns]
-    return reply
 
 
 def endpoint_model(url: str, model: str, tries: int = 4, wait: float = 1.0) -> Callable:

@@ -383,9 +383,17 @@ def policy():
     return rl.load_policy("tiny")
 
 
+def scripted_user(lines):
+    """Return a user who says these lines in turn, and then stops."""
+    def reply(conversations, generator) -> list[str]:
+        turns = [sum(message["role"] == "assistant" for message in conversation) for conversation in conversations]
+        return [lines[turn] if turn < len(lines) else tools.STOP for turn in turns]
+    return reply
+
+
 def test_a_rollout_with_a_scripted_user(checkouts, jail, policy):
     episodes = [conversation(jail) for _ in range(4)]
-    trajectories = rl.rollout(policy, episodes, rl.seeded("cpu", 1), user=tools.scripted_user(["Hello", "Yes", "Yes"]), turn_tokens=12, context=400)
+    trajectories = rl.rollout(policy, episodes, rl.seeded("cpu", 1), user=scripted_user(["Hello", "Yes", "Yes"]), turn_tokens=12, context=400)
     for episode, trajectory in zip(episodes, trajectories):
         assert episode.status == trajectory.status != "running"
         assert episode.messages[1]["content"] == "Customer:\nHello"
