@@ -22,13 +22,14 @@ TASK = CodeAsTask(
 
 @pytest.fixture
 def check(jail, monkeypatch):
-    """Return the function that gives a task, where an answer is judged by `says`, the stage and the reason of its rejection."""
+    """Return the function that gives a task, where an answer is judged by `says`, the stage and reason of its rejection."""
     def rejected(task: CodeAsTask, says: Callable[[Any, Any], Verdict] = lambda _, answer: Verdict(answer == TEA + 100)):
         monkeypatch.setattr(verify, "evaluate", lambda jail, task, environment, answer, replica=0: says(environment, answer))
         try:
             verify.check(jail, task, {}, replica=0)
         except TaskError as rejection:
             return rejection.stage, rejection.reason
+        return "survived", ""
     return rejected
 
 
@@ -37,7 +38,7 @@ def change(**parts) -> CodeAsTask:
 
 
 def test_a_sound_task_survives(check):
-    assert check(TASK) is None
+    assert check(TASK) == ("survived", "")
 
 
 def test_a_solution_must_pass(check):
@@ -64,7 +65,7 @@ def test_doing_nothing_may_not_pass(check):
 
 
 def test_an_evaluation_that_stumbles_over_no_answer_has_not_passed_it(check):
-    assert check(TASK, lambda _, answer: Verdict(False, "TypeError") if answer is None else Verdict(answer == TEA + 100)) is None
+    assert check(TASK, lambda _, answer: Verdict(False, "TypeError") if answer is None else Verdict(answer == TEA + 100))[0] == "survived"
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -90,4 +91,4 @@ def test_every_code_and_doing_nothing_begin_in_a_fresh_state(check):
     mine, other = [number for number, order in shop.state["orders"].items() if order["status"] == "pending"][:2]
     cancelled = change(env="shop", solution=f"cancel_order({mine!r})",
                        failures=[f"print(get_order({mine!r}))", f"cancel_order({other!r})", f"change_quantity({mine!r}, 1)"])
-    assert check(cancelled, lambda world, _: Verdict(world.state["orders"][mine]["status"] == "cancelled")) is None
+    assert check(cancelled, lambda world, _: Verdict(world.state["orders"][mine]["status"] == "cancelled"))[0] == "survived"

@@ -29,12 +29,12 @@ def test_true_is_a_pass_and_false_a_fail_without_a_reason(jail, shop):
 @pytest.mark.parametrize("value", ["1", "'True'", "'passed'", "[True]", "1.0", "{'passed': True}"])
 def test_what_counts_as_true_is_not_true(jail, shop, value):
     verdict = evaluate(jail, task(f"def evaluate():\n    return {value}"), shop, None)
-    assert verdict.passed is False and value.strip("'") in verdict.reason
+    assert verdict.passed is False and verdict.reason and value.strip("'") in verdict.reason
 
 
 def test_an_evaluation_that_returns_nothing_has_failed(jail, shop):
     verdict = evaluate(jail, task("def evaluate():\n    pass"), shop, None)
-    assert verdict.passed is False and "None" in verdict.reason
+    assert verdict.passed is False and verdict.reason and "None" in verdict.reason
 
 
 @pytest.mark.parametrize("evaluation, reason", [
@@ -45,7 +45,7 @@ def test_an_evaluation_that_returns_nothing_has_failed(jail, shop):
 ])
 def test_an_error_is_a_fail_and_its_own_reason(jail, shop, evaluation, reason):
     verdict = evaluate(jail, task(evaluation), shop, None)
-    assert verdict.passed is False and reason in verdict.reason
+    assert verdict.passed is False and verdict.reason and reason in verdict.reason
 
 
 def test_what_is_printed_is_no_verdict(jail, shop):
