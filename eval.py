@@ -117,7 +117,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
     1 - C(n-c, k) / C(n, k), the share of the k-subsets with a success (Chen et al. 2021, arXiv 2107.03374).
     """
+    ### BEGIN SOLUTION
     return 1 - math.comb(n - c, k) / math.comb(n, k)
+    ### END SOLUTION
 
 
 def pass_all_k(n: int, c: int, k: int) -> float:

@@ -330,9 +330,11 @@ class Trajectory:
 
     def extend(self, tokens: list[int], sampled: bool, logprobs: list[float] | None = None) -> None:
         """Append tokens, either all sampled by the agent or none."""
+        ### BEGIN SOLUTION
         self.tokens += tokens
         self.mask += [sampled] * len(tokens)
         self.logprobs += logprobs if sampled else [0.0] * len(tokens)
+        ### END SOLUTION
 
 
 def rollout(
@@ -699,13 +701,18 @@ def advantages(rewards: torch.Tensor, baseline: str = "leave-one-out") -> torch.
         raise ValueError(f"unknown baseline {baseline!r}: choose leave-one-out or none")
     if rewards.shape[1] < 2:
         raise ValueError("the leave-one-out baseline needs at least two rollouts of each task")
+    ### BEGIN SOLUTION
     total, count = rewards.nansum(1, keepdim=True), (~rewards.isnan()).sum(1, keepdim=True)  # [tasks, 1]
-    return (rewards - (total - rewards) / (count - 1)).nan_to_num(0.0)  # [tasks, K]
+    others = (total - rewards) / (count - 1)  # [tasks, K]
+    return (rewards - others).nan_to_num(0.0)
+    ### END SOLUTION
 
 
 def signal_share(rewards: torch.Tensor) -> float:
     """Return the share of tasks of which some rollouts succeeded and some failed, for rewards [tasks, K]; the others teach nothing."""
+    ### BEGIN SOLUTION
     return ((rewards == 1).any(1) & (rewards == 0).any(1)).float().mean().item()
+    ### END SOLUTION
 
 
 def trajectory_logprobs(policy: Policy, batch: list[Trajectory], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -716,25 +723,32 @@ def trajectory_logprobs(policy: Policy, batch: list[Trajectory], temperature: fl
     id: where pad equals the end of turn, a mask by id would keep the end from being learnt.
     """
     ids = pad_sequence([torch.tensor(t.tokens) for t in batch], batch_first=True).to(policy.device)  # [rows, columns]
-    agent = pad_sequence([torch.tensor(t.mask) for t in batch], batch_first=True).to(policy.device)[:, 1:]
+    mask = pad_sequence([torch.tensor(t.mask) for t in batch], batch_first=True).to(policy.device)  # [rows, columns]
     model = policy.model.get_base_model()  # with the adapter in it
     states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # [rows, columns, width]
-    sampled = token_logprobs(model.get_output_embeddings(), states[:, :-1][agent], ids[:, 1:][agent], temperature)
+    head = model.get_output_embeddings()  # from states to logits
+    ### BEGIN SOLUTION
+    agent = mask[:, 1:]
+    sampled = token_logprobs(head, states[:, :-1][agent], ids[:, 1:][agent], temperature)
     return sampled.new_zeros(agent.shape).masked_scatter(agent, sampled), agent
+    ### END SOLUTION
 
 
 def token_logprobs(head: Callable, states: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
     """Return the log-probabilities of `tokens` [n] after `states` [n, width], under head(states) / temperature.
 
     The logits of all n tokens, of which each has one for every entry of a vocabulary of perhaps 128,000, would need more
-    memory than the model. So they are computed a chunk at a time, and again when the gradient comes back (checkpoint).
+    memory than the model. So they are computed for CHUNK_TOKENS tokens at a time, in 32 bits, and again when the gradient
+    comes back (`checkpoint`, with use_reentrant=False).
     """
+    ### BEGIN SOLUTION
     def logprobs(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logits = head(states).float() / temperature  # [chunk, vocabulary]
         return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
     chunks = zip(states.split(CHUNK_TOKENS), tokens.split(CHUNK_TOKENS))
     return torch.cat([checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks])
+    ### END SOLUTION
 
 
 @contextmanager
@@ -790,9 +804,11 @@ def reinforce_step(
             logprobs, agent = trajectory_logprobs(policy, batch, temperature)  # [rows, columns-1]
             before = pad_sequence([torch.tensor(t.logprobs) for t in batch], batch_first=True).to(policy.device)[:, 1:]
             difference = (before - logprobs.detach()) * agent
+            ### BEGIN SOLUTION
             if importance_cap is not None:
                 weight = weight * (-difference).exp().clamp(max=importance_cap)
             loss = -(weight * logprobs).sum() / len(trajectories)
+            ### END SOLUTION
             loss.backward()
         total += loss.item()
         mismatch += difference.sum().item()

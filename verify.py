@@ -150,7 +150,13 @@ class Step:
 
 
 def parse_step(text: str) -> Step:
-    """Return the step in a model's text, whose thought may be missing; raises FormatError otherwise."""
+    """Return the step in a model's text, whose thought may be missing; raises FormatError, with REMINDER, otherwise.
+
+    `ACTION:` within the thought is not an action yet, and `ANSWER:` within an action is a part of its code. After the end of
+    the one action or answer there may be other words, but no second one. An answer may be empty, an action may not, without
+    its indentation and fence (`strip_fence`). The parts come without the white space around them.
+    """
+    ### BEGIN SOLUTION
     thought, rest = "", text
     if text.lstrip().startswith("THOUGHT:"):
         thought, _, rest = text.partition("THOUGHT:")[2].partition("END THOUGHT")
@@ -163,6 +169,7 @@ def parse_step(text: str) -> Step:
     if not closed or re.search(r"\b(ACTION|ANSWER):", after) or kind == "ACTION" and not content:
         raise FormatError(f"The {kind} is empty, not closed, or not the only one. {REMINDER}")
     return Step(thought.strip(), kind.lower(), content)
+    ### END SOLUTION
 
 
 def strip_fence(code: str) -> str:
@@ -782,16 +789,22 @@ def as_answer(value: Any) -> Any:
 
 
 def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
-    """Return the verdict of a task on an environment's state and a final answer; the state stays as it is."""
+    """Return the verdict of a task on an environment's state and a final answer; the state stays as it is.
+
+    Only True, returned, is a pass, and only False is a fail without a reason. Any other value is a fail whose reason shows
+    it, an error one whose reason it is, and so is a change of the state, which is put back as it was `before`.
+    """
     before = pickle.dumps(environment.state)
     with jail.session(environment, replica) as session:
         outcome = session.run(task.evaluate, "evaluate", [as_answer(answer)])
+    ### BEGIN SOLUTION
     if environment.state != (untouched := pickle.loads(before)):
         environment.state = untouched
         return Verdict(False, "evaluate changed the state, at which it may only look")
     if outcome.error is None and outcome.value is not True and outcome.value is not False:
         return Verdict(False, f"evaluate returned {str(outcome.value)[:80]!r} instead of True or False")
     return Verdict(outcome.value is True, outcome.error)
+    ### END SOLUTION
 
 
 def what_is_left(jail: Jail, task: CodeAsTask, left: dict, what: str, code: str) -> tuple[Environment, Any]:
@@ -820,8 +833,11 @@ def passes(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: E
 def check(jail: Jail, task: CodeAsTask, left: dict, replica: int) -> None:
     """Raise TaskError unless all code runs, the solution passes, and neither a failure case nor doing nothing does.
 
+    The stages in their order: "runs", for whose sake `what_is_left` runs every code, and `passes` the evaluation of what it
+    left; "solution"; and "failures", whose reason names the first that passes: "failure case 2", or "doing nothing".
     To do nothing is to leave a fresh state and the answer None: an evaluation that stumbles over that has not passed it.
     """
+    ### BEGIN SOLUTION
     what, passing = "the example solution", []
     solved = passes(jail, task, replica, what, *what_is_left(jail, task, left, what, task.solution))
     for code in dict.fromkeys(task.failures):  # models repeat themselves
@@ -835,6 +851,7 @@ def check(jail: Jail, task: CodeAsTask, left: dict, replica: int) -> None:
         passing.append("doing nothing")
     if passing:
         raise TaskError("failures", f"{passing[0]} passes the evaluation, but must fail it")
+    ### END SOLUTION
 
 
 def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:

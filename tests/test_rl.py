@@ -79,6 +79,15 @@ def test_leave_one_out_is_the_scaled_deviation_from_the_mean():
     torch.testing.assert_close(advantages(rewards), 8 / 7 * (rewards - rewards.mean(1, keepdim=True)))
 
 
+def test_what_does_not_count_has_no_advantage_and_enters_no_baseline():
+    nan = math.nan
+    rewards = torch.tensor([[1.0, 0.0, nan, 1.0], [nan, nan, nan, nan], [nan, 1.0, nan, nan]])
+    expected = torch.tensor([[0.5, -1.0, 0.0, 0.5], [0.0] * 4, [0.0] * 4])  # who is alone has no baseline
+    torch.testing.assert_close(advantages(rewards), expected)
+    torch.testing.assert_close(advantages(rewards, "none"), torch.tensor([[1.0, 0, 0, 1], [0.0] * 4, [0, 1.0, 0, 0]]))
+    assert rl.signal_share(rewards) == pytest.approx(1 / 3)
+
+
 def test_advantages_do_not_see_a_shift_and_follow_a_permutation():
     rewards = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(advantages(rewards + 7), advantages(rewards))

@@ -1,0 +1,94 @@
+"""check: the filter's rule. What `evaluate` says, which is another exercise, is said here by a function on this side."""
+import dataclasses
+from typing import Any, Callable
+
+import pytest
+
+import verify
+from tools import make_environment
+from verify import CodeAsTask, TaskError, Verdict
+
+SEED = 5
+TEA = make_environment("calculator", SEED).state["tea"]
+TASK = CodeAsTask(
+    env="calculator",
+    seed=SEED,
+    instruction="Add 100 to the amount of the tea.",
+    evaluate="def evaluate(answer):\n    return answer == amount('tea') + 100",
+    solution="result = add(amount('tea'), 100)",
+    failures=["result = amount('tea')", "result = 100", "result = subtract(amount('tea'), 100)"],
+)
+
+
+@pytest.fixture
+def check(jail, monkeypatch):
+    """Return the function that gives a task, where an answer is judged by `says`, the stage and reason of its rejection."""
+    def rejected(task: CodeAsTask, says: Callable[[Any, Any], Verdict] = lambda _, answer: Verdict(answer == TEA + 100)):
+        monkeypatch.setattr(verify, "evaluate", lambda jail, task, environment, answer, replica=0: says(environment, answer))
+        try:
+            verify.check(jail, task, {}, replica=0)
+        except TaskError as rejection:
+            return rejection.stage, rejection.reason
+        return "survived", ""
+    return rejected
+
+
+def change(**parts) -> CodeAsTask:
+    return dataclasses.replace(TASK, **parts)
+
+
+def test_a_sound_task_survives(check):
+    assert check(TASK) == ("survived", "")
+
+
+def test_a_solution_must_pass(check):
+    assert check(change(solution="result = 1"))[0] == "solution"
+    assert check(change(solution="print('solved')"))[0] == "solution"  # no answer
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_no_failure_case_may_pass(check, number):
+    failures = [*TASK.failures, "result = 0"]
+    failures[number - 1] = "x = amount('tea')\nresult = x + 100"
+    stage, reason = check(change(failures=failures))
+    assert stage == "failures" and f"failure case {number} " in reason
+
+
+def test_of_several_that_pass_the_first_is_named(check):
+    stage, reason = check(TASK, lambda *_: Verdict(True))
+    assert stage == "failures" and "failure case 1 " in reason
+
+
+def test_doing_nothing_may_not_pass(check):
+    stage, reason = check(change(solution="x = 1"), lambda _, answer: Verdict(answer is None))
+    assert stage == "failures" and "doing nothing" in reason
+
+
+def test_an_evaluation_that_stumbles_over_no_answer_has_not_passed_it(check):
+    assert check(TASK, lambda _, answer: Verdict(False, "TypeError") if answer is None else Verdict(answer == TEA + 100))[0] == "survived"
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_failure_case_must_run(check, number):
+    failures = list(TASK.failures)
+    failures[number - 1] = "result = amount('no such thing')"
+    stage, reason = check(change(failures=failures))
+    assert stage == "runs" and f"failure case {number} " in reason
+
+
+def test_all_code_runs_before_it_matters_what_passes(check):
+    assert check(change(solution="1 / 0"))[0] == "runs"
+    assert check(change(solution="result = 1", failures=[*TASK.failures[:2], "1 / 0"]))[0] == "runs"
+
+
+def test_an_evaluation_that_breaks_after_the_solution_does_not_run(check):
+    assert check(TASK, lambda *_: Verdict(False, "ZeroDivisionError"))[0] == "runs"
+
+
+def test_every_code_and_doing_nothing_begin_in_a_fresh_state(check):
+    """One failure case only looks, another cancels another order: in the state that the solution leaves they would pass."""
+    shop = make_environment("shop", SEED)
+    mine, other = [number for number, order in shop.state["orders"].items() if order["status"] == "pending"][:2]
+    cancelled = change(env="shop", solution=f"cancel_order({mine!r})",
+                       failures=[f"print(get_order({mine!r}))", f"cancel_order({other!r})", f"change_quantity({mine!r}, 1)"])
+    assert check(cancelled, lambda world, _: Verdict(world.state["orders"][mine]["status"] == "cancelled"))[0] == "survived"

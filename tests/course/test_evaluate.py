@@ -1,0 +1,71 @@
+"""evaluate: what a jailed evaluation returned, raised, printed or did becomes a verdict."""
+import copy
+
+import pytest
+
+from tools import make_environment
+from verify import CodeAsTask, evaluate
+
+
+@pytest.fixture
+def shop():
+    return make_environment("shop", seed=3)
+
+
+def task(evaluation: str) -> CodeAsTask:
+    return CodeAsTask("shop", 3, "?", evaluation, "pass", ["pass"] * 3)
+
+
+def pending(shop) -> str:
+    return next(number for number, order in shop.state["orders"].items() if order["status"] == "pending")
+
+
+def test_true_is_a_pass_and_false_a_fail_without_a_reason(jail, shop):
+    for value in (True, False):
+        verdict = evaluate(jail, task(f"def evaluate(answer):\n    return answer == 36 and {value}"), shop, "36")
+        assert verdict.passed is value and verdict.reason is None
+
+
+@pytest.mark.parametrize("value", ["1", "'True'", "'passed'", "[True]", "1.0", "{'passed': True}"])
+def test_what_counts_as_true_is_not_true(jail, shop, value):
+    verdict = evaluate(jail, task(f"def evaluate():\n    return {value}"), shop, None)
+    assert verdict.passed is False and verdict.reason and value.strip("'") in verdict.reason
+
+
+def test_an_evaluation_that_returns_nothing_has_failed(jail, shop):
+    verdict = evaluate(jail, task("def evaluate():\n    pass"), shop, None)
+    assert verdict.passed is False and verdict.reason and "None" in verdict.reason
+
+
+@pytest.mark.parametrize("evaluation, reason", [
+    ("def evaluate():\n    return 1 / 0", "ZeroDivisionError"),
+    ("def evaluate():\n    print(True)\n    raise SystemExit(0)", "SystemExit"),
+    ("import os\ndef evaluate():\n    os._exit(0)", "ended or crashed"),
+    ("passed = True", "does not define evaluate"),
+])
+def test_an_error_is_a_fail_and_its_own_reason(jail, shop, evaluation, reason):
+    verdict = evaluate(jail, task(evaluation), shop, None)
+    assert verdict.passed is False and verdict.reason and reason in verdict.reason
+
+
+def test_what_is_printed_is_no_verdict(jail, shop):
+    assert evaluate(jail, task("def evaluate():\n    print(True)\n    return False"), shop, None).passed is False
+    assert evaluate(jail, task("def evaluate():\n    print(False)\n    return True"), shop, None).passed is True
+
+
+@pytest.mark.parametrize("end", ["return True", "return False", "return 1 / 0"])
+def test_an_evaluation_that_changes_the_state_has_failed_and_changed_nothing(jail, shop, end):
+    before = copy.deepcopy(shop.state)
+    verdict = evaluate(jail, task(f"def evaluate():\n    cancel_order({pending(shop)!r})\n    {end}"), shop, None)
+    assert shop.state == before
+    assert verdict.passed is False and verdict.reason
+
+
+def test_a_look_at_the_state_changes_nothing(jail, shop):
+    order = pending(shop)
+    looking = task(f"def evaluate():\n    return get_order({order!r})['status'] == 'cancelled'")
+    assert evaluate(jail, looking, shop, None).passed is False
+    shop.cancel_order(order)
+    before = copy.deepcopy(shop.state)
+    verdict = evaluate(jail, looking, shop, None)
+    assert verdict.passed is True and verdict.reason is None and shop.state == before

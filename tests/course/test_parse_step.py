@@ -1,0 +1,49 @@
+"""parse_step: what a model writes becomes a step, or a reminder."""
+import pytest
+
+from verify import FormatError, parse_step
+
+
+@pytest.mark.parametrize("text, thought, kind, content", [
+    ("THOUGHT: look first END THOUGHT\nACTION:\nprint(1)\nEND ACTION", "look first", "action", "print(1)"),
+    ("THOUGHT: a\nb END THOUGHT ANSWER: 42 END ANSWER", "a\nb", "answer", "42"),
+    ("ACTION: x = 1\ny = 2 END ACTION", "", "action", "x = 1\ny = 2"),
+    ("ANSWER: END ANSWER", "", "answer", ""),
+    ("ANSWER: done END ANSWER and some more words", "", "answer", "done"),
+    ("Well. ANSWER: 7 END ANSWER", "", "answer", "7"),
+])
+def test_a_step_is_read(text, thought, kind, content):
+    step = parse_step(text)
+    assert (step.thought, step.kind, step.content) == (thought, kind, content)
+
+
+def test_what_a_thought_speaks_of_is_not_done():
+    step = parse_step("THOUGHT: an ACTION: look() END ACTION could help END THOUGHT\nANSWER: 5 END ANSWER")
+    assert (step.kind, step.content) == ("answer", "5") and "look()" in step.thought
+
+
+def test_code_may_speak_of_an_answer():
+    assert parse_step("ACTION: print('ANSWER: 5') END ACTION").content == "print('ANSWER: 5')"
+
+
+@pytest.mark.parametrize("code", ["```python\nprint(1)\n```", "\n    print(1)\n", "```\nprint(1)```"])
+def test_code_comes_without_fence_and_indentation(code):
+    assert parse_step(f"ACTION: {code} END ACTION").content == "print(1)"
+
+
+@pytest.mark.parametrize("text", [
+    "",
+    "I would look the tea up.",
+    "THOUGHT: it is 5 END THOUGHT",
+    "THOUGHT: not closed ACTION: f() END ACTION",
+    "ACTION: f()",
+    "ANSWER: 5",
+    "ACTION: f() END ANSWER",
+    "ACTION: END ACTION",
+    "ACTION: ```python\n``` END ACTION",
+    "ACTION: f() END ACTION ACTION: g() END ACTION",
+    "ACTION: f() END ACTION\nANSWER: 5 END ANSWER",
+])
+def test_a_malformed_step_gets_the_reminder(text):
+    with pytest.raises(FormatError, match="END ACTION and ANSWER"):
+        parse_step(text)

@@ -1,0 +1,114 @@
+"""Grades solved copies: plays this repository's own tests of the exercises on the scripts in each folder.
+
+    python tests/grade.py FOLDER...
+
+An exercise gets its points, which stand in COURSE.md, if all its tests pass. The scripts in a folder run as you:
+what you have not read, grade in a container.
+"""
+import argparse
+import contextlib
+import gc
+import io
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from make_assignment import ROOT, SCRIPTS, AssignmentError, all_exercises, make_copy
+
+SECONDS = 60  # that the tests of an exercise may take
+
+
+class Recorder:
+    """A plugin of pytest that notes how each test ended: "passed", or the name of what it raised."""
+
+    def __init__(self):
+        self.ends: dict[str, str] = {}
+
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> None:
+        if call.excinfo is not None:
+            self.ends[item.name] = call.excinfo.typename
+        self.ends.setdefault(item.name, "passed")
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.ends[report.nodeid] = "not imported"
+
+
+def play(root: Path, name: str) -> dict[str, str]:
+    """Return {test: how it ended} of the tests of an exercise in a copy; to be called in a process that imported no script."""
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"the tests of {name} took more than {SECONDS} seconds")
+
+    recorder = Recorder()
+    gc.freeze()  # pytest collects garbage several times: not in what was imported before
+    torch.set_num_threads(1)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    os.chdir(root)
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main([f"tests/course/test_{name}.py", "-q", "-p", "no:cacheprovider"], plugins=[recorder])
+    signal.alarm(0)
+    return recorder.ends
+
+
+def in_parallel(function: Callable, jobs: Iterable[tuple]) -> list:
+    """Return function(*job) for each job, each in a new process; all begin where the slow imports are behind them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "peft", "bitsandbytes", "transformers.models.llama.modeling_llama"])
+    with context.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        return pool.starmap(function, jobs, chunksize=1)
+
+
+def play_student(folder: Path, name: str) -> dict[str, str]:
+    """Return how our tests of an exercise end on the scripts in a student's folder."""
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place) / "copy"
+        make_copy(copy)
+        for script in SCRIPTS:
+            shutil.copy(folder / script, copy / script)
+        return play(copy, name)
+
+
+def points() -> dict[str, int]:
+    """Return {exercise: points} as the table in COURSE.md has them."""
+    handout = (ROOT / "tests" / "COURSE.md").read_text(encoding="utf-8")
+    return {name: int(number) for name, number in re.findall(r"^\| \d+ \| `(\w+)` \|[^|]*\| (\d+) \|", handout, re.MULTILINE)}
+
+
+def main() -> int:
+    """Print a line for each exercise of each folder, and the sums; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a solved copy")
+    folders = [folder.resolve() for folder in parser.parse_args().folders]
+    try:
+        worth, names = points(), [exercise.name for exercise in all_exercises()]
+        jobs = [(folder, name) for folder in folders for name in names]
+        played = dict(zip(jobs, in_parallel(play_student, jobs)))
+    except (AssignmentError, OSError) as error:
+        print(f"grade.py: {error}", file=sys.stderr)
+        return 2
+    for folder in folders:
+        print(folder)
+        total = 0
+        for name in names:
+            ends = list(played[folder, name].values())
+            solved = bool(ends) and set(ends) == {"passed"}
+            total += worth[name] * solved
+            print(f"  {name:20} {worth[name] * solved:3} of {worth[name]:2} points, {ends.count('passed'):2} of {len(ends):2} tests passed")
+        print(f"  {'in all':20} {total:3} of {sum(worth.values())} points")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

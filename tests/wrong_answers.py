@@ -1,0 +1,158 @@
+"""Planted wrong answers: plausible mistakes, of which the tests of each exercise must reject every one.
+
+    python tests/wrong_answers.py           plays them all, and the solutions, and prints how each ended
+
+Each is the text that stands in the place of a solution. Found another mistake in a solved copy? Add it here: if no test
+rejects it, the exercise needs one more.
+"""
+import sys
+import tempfile
+from pathlib import Path
+from textwrap import dedent, indent
+
+from grade import in_parallel, play
+from make_assignment import all_exercises, make_copy
+
+EXERCISES = {exercise.name: exercise for exercise in all_exercises()}
+SOLUTIONS = {name: dedent(exercise.solution) for name, exercise in EXERCISES.items()}
+
+
+def altered(name: str, *changes: tuple[str, str]) -> str:
+    """Return the solution of an exercise in which some text, which must occur, is replaced by other text."""
+    solution = SOLUTIONS[name]
+    for old, new in changes:
+        assert old in solution, old
+        solution = solution.replace(old, new)
+    return solution
+
+
+WRONG = {
+    "parse_step": {
+        "a second action is overlooked": altered("parse_step", ('re.search(r"\\b(ACTION|ANSWER):", after) or ', "")),
+        "what is not closed is taken": altered("parse_step", ("not closed or ", "")),
+        "the thought is searched for an action": altered("parse_step", ('ANSWER):", rest)', 'ANSWER):", text)'), ("rest[", "text[")),
+        "the fence stays": altered("parse_step", ("strip_fence(content)", "content.strip()")),
+        "an empty action is taken": altered("parse_step", (' or kind == "ACTION" and not content', "")),
+        "the thought is the whole text": altered("parse_step", ("thought.strip()", "text.strip()")),
+    },
+    "evaluate": {
+        "a verdict by exit code": "return Verdict(outcome.error is None, outcome.error)",
+        "a verdict by printed text": 'return Verdict(outcome.value is True or "True" in outcome.printed, outcome.error)',
+        "what counts as true passes": altered("evaluate", (" is True", ""), ("outcome.value is not True", "not outcome.value")),
+        "what equals True passes": altered("evaluate", ("value is True", "value == True"), ("value is not True", "value != True")),
+        "no value is a fail without a reason": altered("evaluate", ("outcome.error is None and", "False and")),
+        "the state may be changed": altered("evaluate", ("if environment.state !=", "if False and environment.state !=")),
+        "the state is not put back": altered("evaluate", ("    environment.state = untouched\n", "")),
+    },
+    "check": {
+        "doing nothing may pass": altered("check", ("if not passing and", "if False and")),
+        "failure cases may pass": altered("check", ("if solved and passes", "if False and passes")),
+        "the solution need not pass": altered("check", ("if not solved:", "if False:"), ("if solved and", "if")),
+        "only the first failure case is played": altered("check", ("dict.fromkeys(task.failures)", "task.failures[:1]")),
+        "failure cases go on in the solution's state": altered("check", ("what, code)\n", '"the example solution", code)\n')),
+        "a failure case that breaks has failed": altered("check", (
+            "    state_and_answer = what_is_left(jail, task, left, what, code)\n",
+            "    try:\n        state_and_answer = what_is_left(jail, task, left, what, code)\n    except TaskError:\n        continue\n")),
+        "doing nothing must not break the evaluation": altered("check", (
+            "evaluate(jail, task, make_environment(task.env, task.seed), None, replica).passed",
+            "passes(jail, task, replica, what, make_environment(task.env, task.seed), None)")),
+        "the last one is named": altered("check", ("passing[0]", "passing[-1]")),
+    },
+    "extend": {
+        "every token is the agent's": altered("extend", ("[sampled] *", "[True] *")),
+        "the mask is inverted": altered("extend", ("[sampled] *", "[not sampled] *")),
+        "off by one in the mask": altered("extend", ("[sampled] * len(tokens)", "([False] + [sampled] * len(tokens))[:len(tokens)]")),
+        "log-probabilities of sampled tokens only": altered("extend", ("[0.0] * len(tokens)", "[]")),
+        "one entry a turn": altered("extend", ("[sampled] * len(tokens)", "[sampled]"), ("[0.0] * len(tokens)", "[0.0]")),
+        "log-probabilities whoever spoke": altered("extend", ("logprobs if sampled", "logprobs if logprobs")),
+    },
+    "advantages": {
+        "a biased baseline: the mean with the rollout itself": "return rewards - rewards.mean(1, keepdim=True)",
+        "the mean of all tasks": "return rewards - rewards.mean()",
+        "divided by the standard deviation": altered("advantages", (
+            "rewards - others", "(rewards - others) / (rewards.std(1, keepdim=True) + 1e-6)")),
+        "doubled": altered("advantages", ("rewards - others", "2 * (rewards - others)")),
+        "zero": "return torch.zeros_like(rewards)",
+        "the wrong sign": altered("advantages", ("rewards - others", "others - rewards")),
+        "divided by K": altered("advantages", ("(count - 1)", "count")),
+        "without a baseline": "return rewards.clone()",
+    },
+    "signal_share": {
+        "any success is signal": "return (rewards > 0).any(1).float().mean().item()",
+        "a mean strictly between 0 and 1 is signal": "mean = rewards.mean(1)\nreturn ((mean > 0) & (mean < 1)).float().mean().item()",
+        "the first against the last rollout": "return (rewards[:, 0] != rewards[:, -1]).float().mean().item()",
+        "of the rollouts, not of the tasks": "return (rewards != rewards.mean(1, keepdim=True)).float().mean().item()",
+        "tasks without signal": "return (rewards == rewards[:, :1]).all(1).float().mean().item()",
+        "a number of tasks": "return float((rewards != rewards[:, :1]).any(1).sum())",
+    },
+    "trajectory_logprobs": {
+        "off by one: a token is scored by itself": altered("trajectory_logprobs", ("states[:, :-1]", "states[:, 1:]")),
+        "off by one in the mask": altered("trajectory_logprobs", ("mask[:, 1:]", "mask[:, :-1]")),
+        "observations are scored as well": altered("trajectory_logprobs", ("mask[:, 1:]", "torch.ones_like(mask[:, 1:])")),
+        "a mask by token id": altered("trajectory_logprobs", ("mask[:, 1:]", "mask[:, 1:] & (ids[:, 1:] != 0)")),
+        "zero gradient": altered("trajectory_logprobs", ("states[:, :-1]", "states.detach()[:, :-1]")),
+        "without the temperature": altered("trajectory_logprobs", ("temperature)", "1.0)")),
+        "every token goes through the head": (
+            "agent = mask[:, 1:]\nlogprobs = token_logprobs(head, states[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), temperature)\n"
+            "return logprobs.view(agent.shape) * agent, agent"),
+    },
+    "token_logprobs": {
+        "all logits at once": altered("token_logprobs", ("CHUNK_TOKENS", "len(tokens)")),
+        "neither chunks nor checkpoints": (
+            "return torch.log_softmax(head(states).float() / temperature, -1).gather(1, tokens[:, None])[:, 0]"),
+        "logits are kept for the gradient": altered("token_logprobs", (
+            "checkpoint(logprobs, *chunk, use_reentrant=False)", "logprobs(*chunk)")),
+        "without the temperature": altered("token_logprobs", (" / temperature", "")),
+        "zero gradient": altered("token_logprobs", ("head(states)", "head(states.detach())")),
+        "not normalised": altered("token_logprobs", (" - logits.logsumexp(-1)", "")),
+        "in 16 bits": altered("token_logprobs", (".float()", "")),
+        "the last, shorter chunk is forgotten": altered("token_logprobs", (
+            "for chunk in chunks", "for chunk in chunks if len(chunk[0]) in (CHUNK_TOKENS, len(tokens))")),
+    },
+    "reinforce_step": {
+        "zero gradient": altered("reinforce_step", ("-(weight", "-0.0 * (weight")),
+        "doubled": altered("reinforce_step", ("-(weight", "-2 * (weight")),
+        "downhill": altered("reinforce_step", ("-(weight", "(weight")),
+        "divided by the micro-batch": altered("reinforce_step", ("len(trajectories)", "len(batch)")),
+        "divided by the trajectories with signal": altered("reinforce_step", ("len(trajectories)", "len(signal)")),
+        "divided by each length": altered("reinforce_step", (".sum() /", ".sum(1).div(agent.sum(1)).sum() /")),
+        "the ratio without its cap": altered("reinforce_step", (".clamp(max=importance_cap)", "")),
+        "the ratio upside down": altered("reinforce_step", ("(-difference)", "difference")),
+        "the cap is a floor": altered("reinforce_step", ("max=importance_cap", "min=importance_cap")),
+    },
+    "pass_at_k": {
+        "biased: as if trials could repeat": "return 1 - (1 - c / n) ** k",
+        "the share of successes": "return c / n",
+        "all of k instead of one": "return math.comb(c, k) / math.comb(n, k)",
+        "any success is enough": "return float(c > 0)",
+    },
+}
+
+
+def plant(name: str, code: str) -> dict[str, str]:
+    """Return how the tests of an exercise end where this code is its answer, and no other exercise is solved."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        make_copy(copy, {name: indent(code.strip("\n"), EXERCISES[name].indentation)})
+        return play(copy, name)
+
+
+def play_all() -> dict[tuple[str, str], dict[str, str]]:
+    """Return {(exercise, answer): {test: how it ended}} of all wrong answers, and of the solutions, called "the solution"."""
+    answers = [(name, what, code) for name in EXERCISES for what, code in {"the solution": SOLUTIONS[name], **WRONG[name]}.items()]
+    ends = in_parallel(plant, [(name, code) for name, _, code in answers])
+    return {(name, what): end for (name, what, _), end in zip(answers, ends)}
+
+
+def main() -> int:
+    """Print how all answers ended; return 1 if one ended as it should not."""
+    surprises = 0
+    for (name, answer), ends in play_all().items():
+        failed = sum(end != "passed" for end in ends.values())
+        surprises += (failed == 0) != (answer == "the solution")
+        print(f"{name:20} {answer:60} fails {failed:2} of {len(ends)} tests")
+    return int(surprises > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
