@@ -50,6 +50,7 @@ from rl import (
     executor,
     load_policy,
     open_benchmarks,
+    read_tasks,
     record,
     rollout,
     rollout_limits,
@@ -59,7 +60,6 @@ from rl import (
 from tools import ENVIRONMENTS, BenchmarkEnvironment, make_environment
 from verify import CodeAsTask, Jail, Verdict, evaluate, guarded
 
-HERE = Path(__file__).resolve().parent
 SUITES = ("calculator", "shop")  # the toy suites, which need no download
 PAPER = {  # table 1 of the paper: Pass@1 averaged over four trials, and Pass@4, in per cent
     "Llama-3.1-8B-Instruct": {"calculation": (20.3, 43.8), "web": (16.2, 42.1), "retail": (8.9, 15.7), "airline": (2.5, 10.0)},
@@ -88,9 +88,8 @@ def load_suite(name: str, airline: str = "paper") -> list[CodeAsTask | Benchmark
     """
     if name not in ENVIRONMENTS:
         raise ValueError(f"unknown suite {name!r}: choose from {', '.join(ENVIRONMENTS)}")
-    if name in SUITES:
-        lines = (HERE / "tiny" / f"held_out_{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        return [CodeAsTask.from_json(line) for line in lines]
+    if not issubclass(ENVIRONMENTS[name], BenchmarkEnvironment):
+        return list(read_tasks(ENVIRONMENTS[name].suite))
     world = make_environment(name)
     tasks = []
     for number, task in enumerate(world.held_out):

@@ -900,6 +900,15 @@ def record(phase: str, step: int | None, episode: Episode, trajectory: Trajector
     }
 
 
+def read_tasks(path: Path) -> Iterator[CodeAsTask]:
+    """Yield the tasks of a file; raises PolicyError that names the line if one cannot be read."""
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            yield CodeAsTask.from_json(line)
+        except TaskError as error:
+            raise PolicyError(f"line {number} of {path} is no task: {error}") from error
+
+
 def append_lines(path: Path, records: list[dict]) -> None:
     """Append records to a file of JSON lines."""
     with open(path, "a") as file:
@@ -1049,15 +1058,6 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
     add_benchmark_options(parser)
     add("--user-endpoint", metavar="URL", help="an OpenAI-compatible address whose model plays the users (its key: OPENAI_API_KEY)")
     add("--user-model", metavar="NAME", help="the model there; without an endpoint the policy's own base plays the users")
-
-
-def read_tasks(path: Path) -> Iterator[CodeAsTask]:
-    """Yield the tasks of a file; raises PolicyError that names the line if one cannot be read."""
-    for number, line in enumerate(read_lines(path), start=1):
-        try:
-            yield CodeAsTask.from_json(line)
-        except TaskError as error:
-            raise PolicyError(f"line {number} of {path} is no task: {error}") from error
 
 
 def main() -> int:

@@ -45,6 +45,9 @@ from types import ModuleType, UnionType
 from typing import Any, Callable, Iterable
 
 
+TINY = Path(__file__).resolve().parent / "tiny"
+
+
 class ToolError(Exception):
     """A tool's refusal. Its message is what the model sees, so it says what would be accepted."""
 
@@ -61,6 +64,7 @@ class Environment:
     name        the word by which tasks and the command line call it
     answered    True if `evaluate(answer)` judges the final answer, False if `evaluate()` judges the state
     summary     what a model is told about it, above the tools' documentation
+    suite       the file of held-out tasks on which policies are measured, a task a line
     talks       whether there is a user, to whom the executor's answers are messages
     over        whether a tool has ended the episode
     """
@@ -68,6 +72,7 @@ class Environment:
     name: str
     answered: bool
     summary: str
+    suite: Path
     talks = False
     over = False
 
@@ -163,6 +168,7 @@ class Calculator(Environment):
     name = "calculator"
     answered = True
     summary = "A ledger holds a hidden amount for each of some items. Look amounts up and combine them step by step."
+    suite = TINY / "held_out_calculator.jsonl"
 
     def reset(self, seed: int) -> None:
         generator = random.Random(f"calculator {seed}")
@@ -230,6 +236,7 @@ class Shop(Environment):
     name = "shop"
     answered = False
     summary = "A shop keeps customers and their orders. Look up a customer's order first; ids cannot be guessed."
+    suite = TINY / "held_out_shop.jsonl"
 
     def reset(self, seed: int) -> None:
         generator = random.Random(f"shop {seed}")
