@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval as evaluation  # noqa: E402  (the module's name is also that of a builtin)
+import figures  # noqa: E402
+import results  # noqa: E402
 from verify import CodeAsTask, Jail  # noqa: E402
 
 ATTACK = """<script src="https://evil.example/x.js">alert(1)</script><img src=x onerror='alert(1)'>"'></pre></details></svg>&amp;"""
@@ -404,6 +407,41 @@ def test_empty_files_are_a_run_that_has_not_begun(tmp_path):
     for name in evaluation.RUN_FILES:
         (tmp_path / name).write_text("")
     assert "not finished" in evaluation.write_report(tmp_path).read_text()
+
+
+def test_the_pictures_by_hand(runs, tmp_path):
+    learning, shares, funnel = [ElementTree.parse(path).getroot() for path in figures.draw(runs[0].parent, tmp_path)]
+    for picture, words in [(learning, ["filtered", "not filtered (--no-filter)", "step 1"]), (shares, ["60", "20", "45", "15", "Pass@1 (sampled)"]),
+                           (funnel, ["attempts", "120", "all its code runs", "30 (25%)"])]:
+        text = list(picture.itertext())
+        assert set(words) <= set(text) and "prefers-color-scheme: dark" in text[1]
+    assert [len(learning.findall(f"{{*}}{tag}")) for tag in ("polygon", "polyline")] == [2, 2]
+
+
+def test_the_pictures_show_hostile_options_as_text(tmp_path):
+    shapes = []
+    for text in ("words", ATTACK):
+        folder = tmp_path / text[:2].strip("<")
+        folder.mkdir()
+        for number, option in enumerate([text, "another"]):
+            small_run(folder / f"{number}", {"seed": text, text: option}, 0.5, 0.5, [0.5])
+        pictures = [ElementTree.parse(path).getroot() for path in figures.draw(folder, tmp_path)]
+        shapes.append([element.tag for picture in pictures for element in picture.iter()])
+    assert shapes[0] == shapes[1] and any(ATTACK in text for text in pictures[0].itertext())
+
+
+def test_no_runs_no_pictures(tmp_path):
+    with pytest.raises(ValueError, match="there are no runs in"):
+        figures.draw(tmp_path, tmp_path)
+
+
+def test_what_is_kept_of_a_run_is_what_the_pictures_need(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "results").mkdir()
+    runs[0].rename(tmp_path / "runs" / "results" / "tiny-seed0")  # where it is taken for finished
+    assert results.summary_of("tiny", 0, True, tmp_path / "kept")["filter"]["ok"] == 10
+    assert {path.name for path in (tmp_path / "kept" / "tiny-seed0").iterdir()} == set(evaluation.SMALL_FILES)
+    assert len(figures.draw(tmp_path / "kept", tmp_path)) == 3
 
 
 # ---------------------------------------------------------------------------------------------------
