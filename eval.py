@@ -474,12 +474,12 @@ def bar_chart(series: list[tuple[str, dict]], metrics: dict[str, str] = METRICS)
 def line_chart(lines: list[tuple[str, list[float]]], bands: Iterable[tuple[str, list[float], list[float]]] = ()) -> str:
     """Draw shares from 0 to 1 over the steps: lines (classes, values), over bands (classes, values, errors to either side)."""
     steps = max(len(values) for _, values in lines)
-    drawing = "".join(f"<path class='axis' d='M34 {y}H344'/><text x='15' y='{y + 4}'>{text}</text>"
+    drawing = "".join(f"<path class='axis' d='M40 {y}H344'/><text x='18' y='{y + 4}'>{text}</text>"
                       for y, text in [(25, "100%"), (92.5, "50%"), (160, "0%")])
-    drawing += f"<text x='50' y='178'>step 0</text><text x='322' y='178'>step {steps - 1}</text>"
+    drawing += f"<text x='58' y='178'>step 0</text><text x='322' y='178'>step {steps - 1}</text>"
 
     def points(values: Iterable[float]) -> list[str]:
-        return [f"{34 + 306 * step / max(steps - 1, 1):.1f},{160 - 135 * value:.1f}" for step, value in enumerate(values)]
+        return [f"{40 + 300 * step / max(steps - 1, 1):.1f},{160 - 135 * value:.1f}" for step, value in enumerate(values)]
 
     for classes, values, errors in bands:
         upper, lower = (points(value + sign * error for value, error in zip(values, errors)) for sign in (1, -1))

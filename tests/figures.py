@@ -69,8 +69,8 @@ def funnel(runs: list[dict]) -> str:
     for row, (label, share, text) in enumerate(survivors(counts)):
         y = 16 + 24 * row
         drawing += f"<text class='left' x='4' y='{y}'>{shown(label)}</text><text class='left' x='270' y='{y}'>{shown(text)}</text>"
-        drawing += f"<rect class='c2 pale' x='130' y='{y - 10}' width='130' height='13' rx='2'/>"
-        drawing += f"<rect class='c2' x='130' y='{y - 10}' width='{130 * share:.1f}' height='13' rx='2'/>"
+        drawing += f"<rect class='c2 pale' x='144' y='{y - 10}' width='116' height='13' rx='2'/>"
+        drawing += f"<rect class='c2' x='144' y='{y - 10}' width='{116 * share:.1f}' height='13' rx='2'/>"
     return picture(f"What the filter keeps of the attempts of {len(runs)} runs", drawing, 24 * len(survivors(counts)), [])
 
 

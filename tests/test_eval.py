@@ -168,7 +168,8 @@ def made_up_run(folder: Path, text: str) -> Path:
     numbers = evaluation.summarize(REWARDS, GREEDY) | {"nothing": 0.0, "reference": 1.0}
     code = {"env": text, "seed": 3, "instruction": text, "evaluate": text, "solution": text, "failures": [text] * 3}
     trajectory = {"step": None, "env": text, "seed": 3, "instruction": text, "status": text, "greedy": True,
-                  "messages": [{"role": text, "content": text}, {"role": "assistant", "content": f"ACTION:\ncall({text!r})\nEND ACTION"}]}
+                  "messages": [{"role": text, "content": text},
+                               {"role": "assistant", "content": f"ACTION:\ncall({text!r})\nEND ACTION"}]}
     files = {
         "config.json": {"model": text, "seed": text, text: text},
         "summary.json": {"model": text, "seed": 0, "before": {text: numbers, "shop": numbers}, "after": {text: numbers},
@@ -306,7 +307,8 @@ def test_the_tools_that_an_episode_called():
     def said(action, role="assistant"):
         return {"role": role, "content": f"THOUGHT: I call think() END THOUGHT\nACTION:\n{action}\nEND ACTION"}
 
-    messages = [said('x = amount("rope")\nprint(add(amount("tea"), len(str(x))))'), said("view()", "user"), said("def own(): pass\nx.join(y)"),
+    messages = [said('x = amount("rope")\nprint(add(amount("tea"), len(str(x))))'), said("view()", "user"),
+                said("def own(): pass\nx.join(y)"),
                 {"role": "assistant", "content": "unread() END ACTION"}, {"role": "assistant", "content": "ANSWER: late(1) END ANSWER"}]
     assert evaluation.tools_called(messages) == "amount × 2, add"
     assert evaluation.tools_called([{}, {"content": None, "role": 3}]) == ""
@@ -387,9 +389,11 @@ def test_a_comparison_with_any_one_file_missing(runs):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("config.json", '{"seed": 0'), ("config.json", "[1]"), ("summary.json", '{"before": 5}'), ("summary.json", '{"before": {"shop": {"pass@1": "x"}}}'),
-    ("summary.json", '{"wall_s": [1]}'), ("summary.json", '{"peak_memory_bytes": null}'), ("summary.json", "[" * 10**5), ("summary.json", "\0\1"),
-    ("metrics.jsonl", "7\n"), ("metrics.jsonl", '{"reward": null}\n'), ("summary.json", '{"filter": {"parse": "many"}}'),
+    ("config.json", '{"seed": 0'), ("config.json", "[1]"),
+    ("summary.json", "[" * 10**5), ("summary.json", "\0\1"), ("summary.json", '{"before": 5}'),
+    ("summary.json", '{"before": {"shop": {"pass@1": "x"}}}'), ("summary.json", '{"wall_s": [1]}'),
+    ("summary.json", '{"peak_memory_bytes": null}'), ("summary.json", '{"filter": {"parse": "many"}}'),
+    ("metrics.jsonl", "7\n"), ("metrics.jsonl", '{"reward": null}\n'),
 ])
 @pytest.mark.parametrize("position", [0, 1])
 def test_a_damaged_file_gets_one_sentence(runs, name, content, position, monkeypatch, capsys):
@@ -411,7 +415,8 @@ def test_empty_files_are_a_run_that_has_not_begun(tmp_path):
 
 def test_the_pictures_by_hand(runs, tmp_path):
     learning, shares, funnel = [ElementTree.parse(path).getroot() for path in figures.draw(runs[0].parent, tmp_path)]
-    for picture, words in [(learning, ["filtered", "not filtered (--no-filter)", "step 1"]), (shares, ["60", "20", "45", "15", "Pass@1 (sampled)"]),
+    for picture, words in [(learning, ["filtered", "not filtered (--no-filter)", "step 1"]),
+                           (shares, ["60", "20", "45", "15", "Pass@1 (sampled)"]),
                            (funnel, ["attempts", "120", "all its code runs", "30 (25%)"])]:
         text = list(picture.itertext())
         assert set(words) <= set(text) and "prefers-color-scheme: dark" in text[1]
@@ -428,6 +433,12 @@ def test_the_pictures_show_hostile_options_as_text(tmp_path):
         pictures = [ElementTree.parse(path).getroot() for path in figures.draw(folder, tmp_path)]
         shapes.append([element.tag for picture in pictures for element in picture.iter()])
     assert shapes[0] == shapes[1] and any(ATTACK in text for text in pictures[0].itertext())
+
+
+@pytest.mark.skipif(not (figures.FOLDER / "runs").exists(), reason="no runs have been kept")
+def test_the_committed_pictures_are_those_of_the_committed_runs(tmp_path):
+    for path in figures.draw(figures.FOLDER / "runs", tmp_path):
+        assert path.read_text() == (figures.FOLDER / path.name).read_text(), "draw them again with python tests/figures.py"
 
 
 def test_no_runs_no_pictures(tmp_path):
