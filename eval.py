@@ -28,7 +28,6 @@ import json
 import math
 import re
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -46,9 +45,7 @@ import torch
 from tqdm import tqdm
 
 from rl import (
-    Executor,
     Policy,
-    Trajectory,
     add_rollout_options,
     advice_on_memory,
     append_lines,
@@ -187,24 +184,24 @@ def play_reference(jail: Jail, task: CodeAsTask | BenchmarkTask) -> bool:
 BASELINES = {"nothing": play_nothing, "reference": play_reference}
 
 
-def with_baselines(results: dict, jail: Jail, tasks: list) -> dict:
-    """Return a suite's numbers with the fraction of its tasks that each baseline passes."""
+def play_baselines(jail: Jail, tasks: list) -> dict[str, list[bool]]:
+    """Return {baseline: whether it passes each of a suite's tasks}."""
     with ThreadPoolExecutor(2) as workers:
-        played = {name: list(workers.map(partial(play, jail), tasks)) for name, play in BASELINES.items()}
-    return results | {name: fmean(passed) for name, passed in played.items()}
+        return {name: list(workers.map(partial(play, jail), tasks)) for name, play in BASELINES.items()}
 
 
 def evaluate_baseline(name: str, jail: Jail, suites: dict[str, list], trials: int = 4) -> dict[str, dict]:
     """Return {suite: numbers} of a baseline, in the form of `evaluate_policy`; all its trials are alike."""
     results = {}
     for suite, tasks in suites.items():
-        passed = torch.tensor([float(BASELINES[name](jail, task)) for task in tasks])  # [tasks]
-        results[suite] = numbers_of(jail, tasks, passed[:, None].expand(-1, trials), passed)
+        baselines = play_baselines(jail, tasks)
+        passed = torch.tensor(baselines[name], dtype=torch.float)  # [tasks]
+        results[suite] = numbers_of(tasks, baselines, passed[:, None].expand(-1, trials), passed)
     return results
 
 
-def numbers_of(jail: Jail, tasks: list, sampled: torch.Tensor, greedy: torch.Tensor, tolerant: tuple | None = None) -> dict:
-    """Return a suite's numbers from rewards [tasks, trials] and [tasks]: in all, in "groups", and of the baselines.
+def numbers_of(tasks: list, baselines: dict, sampled: torch.Tensor, greedy: torch.Tensor, tolerant: tuple | None = None) -> dict:
+    """Return a suite's numbers from rewards [tasks, trials] and [tasks]: in all, of the baselines, and in "groups".
 
     `tolerant` are the rewards of M3ToolEval's tolerant check, in the same two shapes.
     """
@@ -212,20 +209,21 @@ def numbers_of(jail: Jail, tasks: list, sampled: torch.Tensor, greedy: torch.Ten
     for group in dict.fromkeys(task.group for task in tasks if isinstance(task, BenchmarkTask) and task.group):
         rows = [row for row, task in enumerate(tasks) if task.group == group]
         groups[group] = summarize(sampled[rows], greedy[rows])
-    numbers = with_baselines(summarize(sampled, greedy), jail, tasks)
+    numbers = summarize(sampled, greedy) | {name: fmean(passed) for name, passed in baselines.items()}
     return numbers | ({"groups": groups} if groups else {}) | ENVIRONMENTS[tasks[0].env].provenance()
 
 
 def evaluate_policy(
     policy: Policy, jail: Jail, suites: dict[str, list], seed: int, trials: int = 4, label: str = "evaluate",
-    finished: Iterable[dict] = (), write: Callable[[dict], None] = lambda line: None, parallel: int = 256, **rollout_options: Any,
+    finished: Iterable[dict] = (), write: Callable[[list[dict]], None] = lambda lines: None, parallel: int = 256, **limits: Any,
 ) -> tuple[dict[str, dict], list[dict]]:
     """Play every task of {suite: tasks} `trials` times at temperature 1 and once greedily; return numbers and records.
 
     The numbers are {suite: summarize(...) and the baselines}; they do not depend on which other suites are played.
     The records are the episodes as lines of trajectories.jsonl (`rl.record`) of the phase `label`, each with "greedy",
-    "task" and "trial". Each goes to `write` as it ends; with those of an interrupted evaluation in `finished` the rest
-    comes out as if it had never been interrupted. `rollout_options` (turn_tokens, context, user) go to `rl.rollout`.
+    "task" and "trial". `parallel` of them are a wave, and what an episode samples depends on its whole wave. A wave goes to
+    `write` as it ends; with those of an interrupted evaluation in `finished` the rest comes out as if it had never been
+    interrupted. `limits` (turn_tokens, context, user) go to `rl.rollout`.
     """
     results, records = {}, []
     for suite, tasks in suites.items():
@@ -234,8 +232,14 @@ def evaluate_policy(
             for greedy, repeats in [(False, trials), (True, 1)]:
                 places = [(greedy, number, trial) for number in range(len(tasks)) for trial in range(repeats)]
                 for first in range(0, len(places), parallel):
-                    play_wave(policy, jail, tasks, places[first:first + parallel], (seed, "evaluate", suite, *[first] * (first > 0)),
-                              label, lines, write, bar, rollout_options)
+                    wave = places[first:first + parallel]
+                    if all(place in lines for place in wave):
+                        bar.update(len(wave))
+                        continue
+                    generator = seeded(policy.device, seed, "evaluate", suite, first)
+                    played = play_wave(policy, jail, tasks, wave, generator, label, bar=bar, **limits)
+                    write(played)
+                    lines |= zip(wave, played)
                 records += [lines[place] for place in places]
 
         def rewards(key: str) -> list[torch.Tensor]:  # of the sampled trials [tasks, trials], and of the greedy ones [tasks]
@@ -243,35 +247,24 @@ def evaluate_policy(
             return [torch.tensor([[of[False, number, trial] for trial in range(trials)] for number in range(len(tasks))]),
                     torch.tensor([of[True, number, 0] for number in range(len(tasks))])]
 
-        results[suite] = numbers_of(jail, tasks, *rewards("reward"), rewards("tolerant") if "tolerant" in records[-1] else None)
+        tolerant = rewards("tolerant") if "tolerant" in records[-1] else None
+        results[suite] = numbers_of(tasks, play_baselines(jail, tasks), *rewards("reward"), tolerant)
     return results, records
 
 
 def play_wave(
-    policy: Policy, jail: Jail, tasks: list, places: list[tuple], seed: tuple, label: str, lines: dict,
-    write: Callable[[dict], None], bar: tqdm, rollout_options: dict,
-) -> None:
-    """Play the episodes at these places (greedy, task, trial) side by side, unless `lines` has them all, and add them there.
-
-    What an episode samples depends on its whole wave, so a wave of which a part is missing is played again.
-    """
-    def keep(place: tuple, episode: Executor, trajectory: Trajectory) -> None:
-        greedy, number, trial = place
-        line = {**record(label, None, episode, trajectory), "greedy": greedy, "task": number, "trial": trial}
-        if hasattr(episode.environment, "passes_tolerantly"):
-            line["tolerant"] = float(episode.environment.passes_tolerantly(tasks[number].number, episode.final))
-        if place not in lines:
-            write(line)
-        lines[place] = line
-
-    if all(place in lines for place in places):
-        bar.update(len(places))
-        return
-    episodes = [executor(jail, tasks[number], judge_of(tasks[number])) for _, number, _ in places]
-    for place, episode in zip(places, episodes):
-        episode.when_over = partial(keep, place)
-    temperature = 0.0 if places[0][0] else 1.0
-    rollout(policy, episodes, seeded(policy.device, *seed), temperature, len(places), bar=bar, **rollout_options)
+    policy: Policy, jail: Jail, tasks: list, wave: list[tuple], generator: torch.Generator, label: str, **limits: Any
+) -> list[dict]:
+    """Play the episodes (greedy, task, trial) of a wave, all of them greedy or none, side by side; return their lines."""
+    episodes = [executor(jail, tasks[number], judge_of(tasks[number])) for _, number, _ in wave]
+    trajectories = rollout(policy, episodes, generator, 0.0 if wave[0][0] else 1.0, len(wave), **limits)
+    lines = []
+    for (greedy, number, trial), episode, trajectory in zip(wave, episodes, trajectories):
+        line = record(label, None, episode, trajectory) | {"greedy": greedy, "task": number, "trial": trial}
+        if tolerantly := getattr(ENVIRONMENTS[episode.env], "passes_tolerantly", None):
+            line["tolerant"] = float(tolerantly(tasks[number].number, episode.final))
+        lines.append(line)
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -739,13 +732,13 @@ def setting_of(options: argparse.Namespace) -> dict:
     }
 
 
-def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[dict], None]]:
-    """Return the episodes in a file of an interrupted evaluation, if there is one, and the function that appends another.
+def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[list[dict]], None]]:
+    """Return the episodes in a file of an interrupted evaluation, if there is one, and the function that appends others.
 
     The file's first line is the setting. Raises ValueError if it is another one.
     """
     if path is None:
-        return [], lambda line: None
+        return [], lambda lines: None
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     whole = text[:text.rfind("\n") + 1]  # without the half line that a crash may have left
     lines = [json.loads(line) for line in whole.splitlines()] or [setting]
@@ -753,13 +746,7 @@ def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[d
         raise ValueError(f"{str(path)!r} holds the episodes of another evaluation: give --episodes a new file")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(whole or json.dumps(setting) + "\n", encoding="utf-8")
-    lock = threading.Lock()
-
-    def write(line: dict) -> None:
-        with lock:  # episodes end in several threads
-            append_lines(path, [line])
-
-    return lines[1:], write
+    return lines[1:], partial(append_lines, path)
 
 
 def main() -> int:
@@ -772,7 +759,7 @@ def main() -> int:
     add("--trials", type=int, default=4, help="sampled trials of each task; at least 4 for Pass@4")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--airline", default="paper", choices=["paper", "all"], help="the paper's 30 tasks for Airline, or all 50")
-    add("--episodes", type=Path, metavar="FILE", help="write each episode here as it ends; those in it already are not played again")
+    add("--episodes", type=Path, metavar="FILE", help="write the episodes here, --parallel at a time; those in it already are not played again")
     add("--json", action="store_true", help="print one JSON object, {suite: numbers}, instead of the table")
     add_rollout_options(parser)
     add("--report", metavar="RUN", type=Path, nargs="+",

@@ -533,9 +533,10 @@ class M3ToolEval(BenchmarkEnvironment):
             answer = str(tuple(parts))  # code in the jail gets a list where the tool returned a tuple
         return bool(task.check_answer(answer))
 
-    def passes_tolerantly(self, number: int, answer: Any) -> bool:
+    @classmethod
+    def passes_tolerantly(cls, number: int, answer: Any) -> bool:
         """Like `passes`, but numbers may differ by rounding to two decimals (68 is not 68.71), and text by case and quotes."""
-        return alike(literal(str(answer)[:1_000]), self.held_out[number].expected_output)
+        return alike(literal(str(answer)[:1_000]), cls.held_out[number].expected_output)
 
 
 def import_quietly(name: str, folder: Path) -> ModuleType:
