@@ -223,10 +223,10 @@ def test_report_shows_a_models_html_as_text(tmp_path):
 
 @pytest.mark.parametrize("runs", [1, 3])
 def test_no_text_changes_the_structure_of_the_page(tmp_path, runs):
-    """Every string of every file, keys included, is hostile; the elements are those of a page on harmless words."""
+    """Every string of every file, keys included, and the folder's name are hostile; the elements are those of harmless words."""
     pages = []
     for text in ("words", ATTACK):
-        folders = [made_up_run(tmp_path / f"{text[:2]}{number}".strip("<"), text) for number in range(runs)]
+        folders = [made_up_run(tmp_path / f"{text[:8]}{number}", text) for number in range(runs)]
         config = folders[-1] / "config.json"
         config.write_text(json.dumps({text: text, "env": [text], "other": {text: text}}))  # a group of its own, if there are several
         pages.append(Page(evaluation.write_report(*folders)))
