@@ -3,6 +3,7 @@
     python eval.py --suite calculator shop --policy tiny --adapter runs/first/adapter
     python eval.py --suite retail --tau-bench PATH --policy reference
     python eval.py --report runs/first              (rebuilds runs/first/report.html)
+    python eval.py --report runs/first runs/second  (... and compares the runs in it)
 
 Like the paper (section 4) we report Pass@1 averaged over four trials, and Pass@4. Departures, and why:
 
@@ -21,18 +22,21 @@ the code that a model writes never sees a reference answer.
 Read next: selfchallenge.py, which measures before and after training; before: rl.py, which plays the episodes.
 """
 import argparse
+import builtins
+import itertools
 import json
 import math
 import re
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from html import escape
+from keyword import iskeyword
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -41,15 +45,14 @@ import torch
 from tqdm import tqdm
 
 from rl import (
-    Executor,
     Policy,
-    Trajectory,
     add_rollout_options,
     advice_on_memory,
     append_lines,
     executor,
     load_policy,
     open_benchmarks,
+    read_tasks,
     record,
     rollout,
     rollout_limits,
@@ -57,9 +60,8 @@ from rl import (
     versions,
 )
 from tools import ENVIRONMENTS, BenchmarkEnvironment, make_environment
-from verify import CodeAsTask, Jail, Verdict, evaluate, guarded
+from verify import CodeAsTask, FormatError, Jail, Verdict, evaluate, guarded, parse_step
 
-HERE = Path(__file__).resolve().parent
 SUITES = ("calculator", "shop")  # the toy suites, which need no download
 PAPER = {  # table 1 of the paper: Pass@1 averaged over four trials, and Pass@4, in per cent
     "Llama-3.1-8B-Instruct": {"calculation": (20.3, 43.8), "web": (16.2, 42.1), "retail": (8.9, 15.7), "airline": (2.5, 10.0)},
@@ -88,9 +90,8 @@ def load_suite(name: str, airline: str = "paper") -> list[CodeAsTask | Benchmark
     """
     if name not in ENVIRONMENTS:
         raise ValueError(f"unknown suite {name!r}: choose from {', '.join(ENVIRONMENTS)}")
-    if name in SUITES:
-        lines = (HERE / "tiny" / f"held_out_{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        return [CodeAsTask.from_json(line) for line in lines]
+    if not issubclass(ENVIRONMENTS[name], BenchmarkEnvironment):
+        return list(read_tasks(ENVIRONMENTS[name].suite))
     world = make_environment(name)
     tasks = []
     for number, task in enumerate(world.held_out):
@@ -131,7 +132,7 @@ def pass_all_k(n: int, c: int, k: int) -> float:
 
 
 def standard_error(values: list[float]) -> float:
-    """Return the standard error of the mean of one value a task: sample standard deviation / sqrt(tasks).
+    """Return the standard error of the mean of one value a task, or a run: sample standard deviation / sqrt(tasks).
 
     The tasks are the sample, not the trials: trials of one task are not independent. One task gives 0.
     """
@@ -183,24 +184,24 @@ def play_reference(jail: Jail, task: CodeAsTask | BenchmarkTask) -> bool:
 BASELINES = {"nothing": play_nothing, "reference": play_reference}
 
 
-def with_baselines(results: dict, jail: Jail, tasks: list) -> dict:
-    """Return a suite's numbers with the fraction of its tasks that each baseline passes."""
+def play_baselines(jail: Jail, tasks: list) -> dict[str, list[bool]]:
+    """Return {baseline: whether it passes each of a suite's tasks}."""
     with ThreadPoolExecutor(2) as workers:
-        played = {name: list(workers.map(partial(play, jail), tasks)) for name, play in BASELINES.items()}
-    return results | {name: fmean(passed) for name, passed in played.items()}
+        return {name: list(workers.map(partial(play, jail), tasks)) for name, play in BASELINES.items()}
 
 
 def evaluate_baseline(name: str, jail: Jail, suites: dict[str, list], trials: int = 4) -> dict[str, dict]:
     """Return {suite: numbers} of a baseline, in the form of `evaluate_policy`; all its trials are alike."""
     results = {}
     for suite, tasks in suites.items():
-        passed = torch.tensor([float(BASELINES[name](jail, task)) for task in tasks])  # [tasks]
-        results[suite] = numbers_of(jail, tasks, passed[:, None].expand(-1, trials), passed)
+        baselines = play_baselines(jail, tasks)
+        passed = torch.tensor(baselines[name], dtype=torch.float)  # [tasks]
+        results[suite] = numbers_of(tasks, baselines, passed[:, None].expand(-1, trials), passed)
     return results
 
 
-def numbers_of(jail: Jail, tasks: list, sampled: torch.Tensor, greedy: torch.Tensor, tolerant: tuple | None = None) -> dict:
-    """Return a suite's numbers from rewards [tasks, trials] and [tasks]: in all, in "groups", and of the baselines.
+def numbers_of(tasks: list, baselines: dict, sampled: torch.Tensor, greedy: torch.Tensor, tolerant: tuple | None = None) -> dict:
+    """Return a suite's numbers from rewards [tasks, trials] and [tasks]: in all, of the baselines, and in "groups".
 
     `tolerant` are the rewards of M3ToolEval's tolerant check, in the same two shapes.
     """
@@ -208,20 +209,21 @@ def numbers_of(jail: Jail, tasks: list, sampled: torch.Tensor, greedy: torch.Ten
     for group in dict.fromkeys(task.group for task in tasks if isinstance(task, BenchmarkTask) and task.group):
         rows = [row for row, task in enumerate(tasks) if task.group == group]
         groups[group] = summarize(sampled[rows], greedy[rows])
-    numbers = with_baselines(summarize(sampled, greedy), jail, tasks)
+    numbers = summarize(sampled, greedy) | {name: fmean(passed) for name, passed in baselines.items()}
     return numbers | ({"groups": groups} if groups else {}) | ENVIRONMENTS[tasks[0].env].provenance()
 
 
 def evaluate_policy(
     policy: Policy, jail: Jail, suites: dict[str, list], seed: int, trials: int = 4, label: str = "evaluate",
-    finished: Iterable[dict] = (), write: Callable[[dict], None] = lambda line: None, parallel: int = 256, **rollout_options: Any,
+    finished: Iterable[dict] = (), write: Callable[[list[dict]], None] = lambda lines: None, parallel: int = 256, **limits: Any,
 ) -> tuple[dict[str, dict], list[dict]]:
     """Play every task of {suite: tasks} `trials` times at temperature 1 and once greedily; return numbers and records.
 
     The numbers are {suite: summarize(...) and the baselines}; they do not depend on which other suites are played.
     The records are the episodes as lines of trajectories.jsonl (`rl.record`) of the phase `label`, each with "greedy",
-    "task" and "trial". Each goes to `write` as it ends; with those of an interrupted evaluation in `finished` the rest
-    comes out as if it had never been interrupted. `rollout_options` (turn_tokens, context, user) go to `rl.rollout`.
+    "task" and "trial". `parallel` of them are a wave, and what an episode samples depends on its whole wave. A wave goes to
+    `write` as it ends; with those of an interrupted evaluation in `finished` the rest comes out as if it had never been
+    interrupted. `limits` (turn_tokens, context, user) go to `rl.rollout`.
     """
     results, records = {}, []
     for suite, tasks in suites.items():
@@ -230,8 +232,14 @@ def evaluate_policy(
             for greedy, repeats in [(False, trials), (True, 1)]:
                 places = [(greedy, number, trial) for number in range(len(tasks)) for trial in range(repeats)]
                 for first in range(0, len(places), parallel):
-                    play_wave(policy, jail, tasks, places[first:first + parallel], (seed, "evaluate", suite, *[first] * (first > 0)),
-                              label, lines, write, bar, rollout_options)
+                    wave = places[first:first + parallel]
+                    if all(place in lines for place in wave):
+                        bar.update(len(wave))
+                        continue
+                    generator = seeded(policy.device, seed, "evaluate", suite, first)
+                    played = play_wave(policy, jail, tasks, wave, generator, label, bar=bar, **limits)
+                    write(played)
+                    lines |= zip(wave, played)
                 records += [lines[place] for place in places]
 
         def rewards(key: str) -> list[torch.Tensor]:  # of the sampled trials [tasks, trials], and of the greedy ones [tasks]
@@ -239,59 +247,32 @@ def evaluate_policy(
             return [torch.tensor([[of[False, number, trial] for trial in range(trials)] for number in range(len(tasks))]),
                     torch.tensor([of[True, number, 0] for number in range(len(tasks))])]
 
-        results[suite] = numbers_of(jail, tasks, *rewards("reward"), rewards("tolerant") if "tolerant" in records[-1] else None)
+        tolerant = rewards("tolerant") if "tolerant" in records[-1] else None
+        results[suite] = numbers_of(tasks, play_baselines(jail, tasks), *rewards("reward"), tolerant)
     return results, records
 
 
 def play_wave(
-    policy: Policy, jail: Jail, tasks: list, places: list[tuple], seed: tuple, label: str, lines: dict,
-    write: Callable[[dict], None], bar: tqdm, rollout_options: dict,
-) -> None:
-    """Play the episodes at these places (greedy, task, trial) side by side, unless `lines` has them all, and add them there.
-
-    What an episode samples depends on its whole wave, so a wave of which a part is missing is played again.
-    """
-    def keep(place: tuple, episode: Executor, trajectory: Trajectory) -> None:
-        greedy, number, trial = place
-        line = {**record(label, None, episode, trajectory), "greedy": greedy, "task": number, "trial": trial}
-        if hasattr(episode.environment, "passes_tolerantly"):
-            line["tolerant"] = float(episode.environment.passes_tolerantly(tasks[number].number, episode.final))
-        if place not in lines:
-            write(line)
-        lines[place] = line
-
-    if all(place in lines for place in places):
-        bar.update(len(places))
-        return
-    episodes = [executor(jail, tasks[number], judge_of(tasks[number])) for _, number, _ in places]
-    for place, episode in zip(places, episodes):
-        episode.when_over = partial(keep, place)
-    temperature = 0.0 if places[0][0] else 1.0
-    rollout(policy, episodes, seeded(policy.device, *seed), temperature, len(places), bar=bar, **rollout_options)
+    policy: Policy, jail: Jail, tasks: list, wave: list[tuple], generator: torch.Generator, label: str, **limits: Any
+) -> list[dict]:
+    """Play the episodes (greedy, task, trial) of a wave, all of them greedy or none, side by side; return their lines."""
+    episodes = [executor(jail, tasks[number], judge_of(tasks[number])) for _, number, _ in wave]
+    trajectories = rollout(policy, episodes, generator, 0.0 if wave[0][0] else 1.0, len(wave), **limits)
+    lines = []
+    for (greedy, number, trial), episode, trajectory in zip(wave, episodes, trajectories):
+        line = record(label, None, episode, trajectory) | {"greedy": greedy, "task": number, "trial": trial}
+        if tolerantly := getattr(ENVIRONMENTS[episode.env], "passes_tolerantly", None):
+            line["tolerant"] = float(tolerantly(tasks[number].number, episode.final))
+        lines.append(line)
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------
-# the table, and the report: a page of HTML from a run's files, with everything that a model wrote escaped
+# the table of results, and means over several runs
 
 METRICS = {"pass@1": "Pass@1", "pass@4": "Pass@4", "pass^4": "pass^4", "greedy": "greedy"}
 COLUMNS = ["suite", *METRICS.values(), "tasks", *BASELINES]
-RUN_FILES = ["config.json", "summary.json", "tasks.jsonl", "rejected.jsonl", "metrics.jsonl", "trajectories.jsonl"]
-SURVIVED = {  # what is known of a task that the filter has not rejected at a stage
-    "parse": "has all its parts",
-    "held-out": "is not a held-out task",
-    "runs": "all its code runs",
-    "solution": "its solution passes",
-    "failures": "its failure cases fail",
-    "duplicate": "is new",
-}
-NORMAL = {  # what the learning curve's figures are, and what is normal for them
-    "reward": "mean over the step's rollouts; rises, with noise, because every step plays other tasks",
-    "signal": "share of tasks whose rollouts did not all end alike: only they teach; falls as tasks become easy",
-    "loss": "near 0, of either sign, is fine: REINFORCE's loss is not an error; look at the reward",
-    "gradient_norm": "keeps its order of magnitude; a jump by ten hints at too high a learning rate",
-    "mismatch_kl": "sampler against trainer, which are one model: near 0; above 0.01 something is wrong",
-    "trained_tokens": "sampled tokens of the tasks with signal; falls with it",
-}
+PHASES = ("before", "after")  # when a run is measured
 
 
 def percent(results: dict, metric: str) -> str:
@@ -326,6 +307,58 @@ def format_table(before: dict[str, dict], after: dict[str, dict] | None = None) 
     return "\n".join([*lines, "(per cent of the tasks, ± one standard error)"])
 
 
+def grouped(runs: list[dict]) -> dict[str, list[dict]]:
+    """Return {label: runs} of runs that differ in their seed only; the label gives every option in which any two runs differ.
+
+    The runs are as `read_run` returns them. An option that an older run's config.json lacks counts as None.
+    """
+    configs = [run["config"] for run in runs if run["config"]]
+    differing = [name for name in dict.fromkeys(name for config in configs for name in config)
+                 if name != "seed" and any(config.get(name) != configs[0].get(name) for config in configs)]
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        label = ", ".join(f"{name} = {run['config'].get(name)}" for name in differing) or "all runs"
+        groups.setdefault(label if run["config"] else "without config.json", []).append(run)
+    return groups
+
+
+def mean_of(results: list[dict]) -> dict:
+    """Return each metric as the mean over runs (or suites), with the standard error over them if there are several."""
+    values = {metric: [numbers[metric] for numbers in results if metric in numbers] for metric in METRICS}
+    means = {metric: fmean(of_runs) for metric, of_runs in values.items() if of_runs}
+    return means | {f"{metric}_se": standard_error(of_runs) for metric, of_runs in values.items() if len(of_runs) > 1}
+
+
+def reward_curves(runs: list[dict]) -> tuple[list[list[float]], list[float], list[float]]:
+    """Return the rewards of runs [runs, steps], their means [steps] and standard errors, up to the end of the shortest run."""
+    rewards = [[line.get("reward", 0.0) for line in run["metrics"]] for run in runs if run["metrics"]]
+    steps = [list(step) for step in zip(*rewards)]
+    return rewards, [fmean(step) for step in steps], [standard_error(step) for step in steps]
+
+
+# ---------------------------------------------------------------------------------------------------
+# the report: a page of HTML from a run's files, with everything that a model wrote escaped
+
+RUN_FILES = ["config.json", "summary.json", "metrics.jsonl", "tasks.jsonl", "rejected.jsonl", "trajectories.jsonl"]
+SMALL_FILES = RUN_FILES[:3]  # which are all that a comparison needs
+SURVIVED = {  # what is known of a task that the filter has not rejected at a stage
+    "parse": "has all its parts",
+    "held-out": "is not a held-out task",
+    "runs": "all its code runs",
+    "solution": "its solution passes",
+    "failures": "its failure cases fail",
+    "duplicate": "is new",
+}
+NORMAL = {  # what the learning curve's figures are, and what is normal for them
+    "reward": "mean over the step's rollouts; rises, with noise, because every step plays other tasks",
+    "signal": "share of tasks whose rollouts did not all end alike: only they teach; falls as tasks become easy",
+    "loss": "near 0, of either sign, is fine: REINFORCE's loss is not an error; look at the reward",
+    "gradient_norm": "keeps its order of magnitude; a jump by ten hints at too high a learning rate",
+    "mismatch_kl": "sampler against trainer, which are one model: near 0; above 0.01 something is wrong",
+    "trained_tokens": "sampled tokens of the tasks with signal; falls with it",
+}
+
+
 def read_file(path: Path) -> dict | list[dict]:
     """Return a .json file's object or a .jsonl file's list, empty if there is no file. Raises ValueError if damaged."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -337,20 +370,34 @@ def read_file(path: Path) -> dict | list[dict]:
     return objects if path.suffix == ".jsonl" else objects[0]
 
 
-def write_report(run: Path) -> Path:
-    """Write report.html from a run's files, interrupted or not; return its path. Raises ValueError if there are none."""
+def read_run(run: Path, names: Iterable[str] = RUN_FILES) -> dict[str, Any]:
+    """Return {name without its ending: content} of a run's files, and its "path"; raises ValueError if all lack or one is damaged."""
     if not any((run / name).exists() for name in RUN_FILES):
         raise ValueError(f"{str(run)!r} is not the folder of a run: it holds none of {', '.join(RUN_FILES)}")
-    config, summary, tasks, rejected, metrics, trajectories = (read_file(run / name) for name in RUN_FILES)
-    sections = [
-        header(config, summary),
-        results_section(summary.get("before", {}), summary.get("after", {})),
-        filter_section(summary.get("filter"), rejected, tasks),
-        learning_section(metrics),
-        tasks_section(tasks),
-        transcripts_section(trajectories),
-        cost_section(config, summary),
-    ]
+    return {"path": str(run), **{name.partition(".")[0]: read_file(run / name) for name in names}}
+
+
+def write_report(run: Path, *others: Path) -> Path:
+    """Write report.html from a run's files, interrupted or not, and compare it with other runs, if any; return its path.
+
+    Raises ValueError if a folder is not that of a run, or a file is damaged.
+    """
+    files, compared = read_run(run), [read_run(other, SMALL_FILES) for other in others]
+    config, summary = files["config"], files["summary"]
+    try:
+        sections = [
+            header(config, summary),
+            comparison_section([files, *compared]) if others else "",
+            results_section(summary.get("before", {}), summary.get("after", {})),
+            filter_section(summary.get("filter"), files["rejected"], files["tasks"]),
+            learning_section(files["metrics"]),
+            tasks_section(files["tasks"]),
+            transcripts_section(files["trajectories"]),
+            cost_section(config, summary),
+        ]
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # it is JSON, but not a run's
+        folders = " or ".join(repr(str(folder)) for folder in (run, *others))
+        raise ValueError(f"a file of {folders} is damaged, or not one that a run writes: {error!r}") from error
     path = run / "report.html"
     path.write_text(PAGE.replace("SECTIONS", "\n".join(sections)), encoding="utf-8", errors="replace")
     return path
@@ -380,14 +427,61 @@ def bars(rows: list[tuple[str, float, str]]) -> str:
     return f"<div class=bars>{''.join(lines)}</div>"
 
 
-def folded(title: str, quiet: str, *parts: str) -> str:
-    """Content behind a title that opens it; `title` and `quiet` are text, `parts` are HTML."""
-    return f"<details><summary>{shown(title)} <small>{shown(quiet)}</small></summary>{''.join(parts)}</details>"
+def folded(title: str, quiet: str, *parts: str, mark: str = "") -> str:
+    """Content behind a title that opens it; `title` and `quiet` are text, `parts` and the `mark` before the title are HTML."""
+    return f"<details><summary>{mark}{shown(title)} <small>{shown(quiet)}</small></summary>{''.join(parts)}</details>"
 
 
 def titled(name: object, text: object) -> str:
     """Code or a message under its name."""
     return f"<h4>{shown(name)}</h4><pre>{shown(text)}</pre>"
+
+
+def legend(entries: Iterable[tuple[str, str]]) -> str:
+    """What colours mean, from (classes, text)."""
+    colours = [f"<span><i class='{classes}'></i> {shown(text)}</span> " for classes, text in entries]
+    return f"<p class=legend>{''.join(colours)}</p>"
+
+
+def figure(title: str, spoken: str, drawing: str) -> str:
+    """A drawing of 348 x 184 units below its title; `spoken` is what a screen reader says of it."""
+    return (f"<figure><figcaption><b>{shown(title)}</b></figcaption>"
+            f"<svg viewBox='0 0 348 184' role=img aria-label='{shown(spoken)}'>{drawing}</svg></figure>")
+
+
+def bar_chart(series: list[tuple[str, dict]], metrics: dict[str, str] = METRICS) -> str:
+    """Draw each metric as a cluster of bars with error bars, a bar for each series (classes, numbers); 1 is 135 units high."""
+    drawing, room = "<path class='axis' d='M2 160H346'/>", 344 / len(metrics)  # for a cluster
+    width = (room - 10) / len(series)  # for a bar and a gap
+    for left, (metric, label) in zip(itertools.count(2, room), metrics.items()):
+        drawing += f"<text x='{left + room / 2:.1f}' y='178'>{label}</text>"
+        for x, (classes, numbers) in zip(itertools.count(left + 5, width), series):
+            if (share := numbers.get(metric)) is not None:
+                top, error, middle = 160 - 135 * share, 135 * numbers.get(f"{metric}_se", 0), x + width / 2
+                size = f"x='{x + 1:.1f}' y='{top:.1f}' width='{width - 2:.1f}' height='{160 - top:.1f}' rx='2'"
+                drawing += f"<rect class='{classes}' {size}/><path class='error' d='M{middle:.1f} {top - error:.1f}v{2 * error:.1f}'/>"
+                if width > 15:  # or the figures would run into each other
+                    drawing += f"<text x='{middle:.1f}' y='{top - error - 5:.1f}'>{100 * share:.0f}</text>"
+    return drawing
+
+
+def line_chart(lines: list[tuple[str, list[float]]], bands: Iterable[tuple[str, list[float], list[float]]] = ()) -> str:
+    """Draw shares from 0 to 1 over the steps: lines (classes, values), over bands (classes, values, errors to either side)."""
+    steps = max(len(values) for _, values in lines)
+    drawing = "".join(f"<path class='axis' d='M40 {y}H344'/><text x='18' y='{y + 4}'>{text}</text>"
+                      for y, text in [(25, "100%"), (92.5, "50%"), (160, "0%")])
+    drawing += f"<text x='58' y='178'>step 0</text><text x='322' y='178'>step {steps - 1}</text>"
+
+    def points(values: Iterable[float]) -> list[str]:
+        return [f"{40 + 300 * step / max(steps - 1, 1):.1f},{160 - 135 * value:.1f}" for step, value in enumerate(values)]
+
+    for classes, values, errors in bands:
+        upper, lower = (points(value + sign * error for value, error in zip(values, errors)) for sign in (1, -1))
+        drawing += f"<polygon class='{classes}' points='{' '.join(upper + lower[::-1])}'/>"
+    for classes, values in lines:
+        *_, (x, y) = (point.split(",") for point in points(values))
+        drawing += f"<polyline class='{classes}' points='{' '.join(points(values))}'/><circle class='{classes}' cx='{x}' cy='{y}' r='3'/>"
+    return drawing
 
 
 def header(config: dict, summary: dict) -> str:
@@ -400,32 +494,66 @@ def header(config: dict, summary: dict) -> str:
     return f"<h1>Self-challenging run</h1><p>Model <b>{model}</b>, seed {seed}, {cost}</p>"
 
 
+def comparison_section(runs: list[dict]) -> str:
+    """Several runs: what sets them apart, their results and learning curves as means over the runs of a group, and each alone."""
+    groups = grouped(runs)
+    note = (f"{len(runs)} runs, {'grouped by the options in which they differ' if len(groups) > 1 else 'alike but for their seed'}; "
+            f"below the comparison, this page is about the first of them, {shown(runs[0]['path'])}. Bars and figures are means over "
+            "runs, ± one standard error over runs, which a single run does not have; pale bars are before training.")
+    colours = {label: f"c{place % 5}" for place, label in enumerate(groups)}
+    named = legend((colours[label], f"{label} ({len(members)})") for label, members in groups.items())
+    rows = [[run["path"], run["config"].get("seed", "?"), label, *row] for label, members in groups.items() for run in members
+            for row in result_rows(run["summary"].get("before", {}), run["summary"].get("after", {})) or [["not finished"]]]
+    return section("Comparison", note, named, *group_results(groups, colours), group_curves(groups, colours),
+                   folded("Each run", "± one standard error over tasks", table(["run", "seed", "group", *COLUMNS], rows)))
+
+
+def group_results(groups: dict[str, list[dict]], colours: dict[str, str]) -> list[str]:
+    """Each suite before and after training, as a chart and in a table, from means over the runs of each group."""
+    charts, rows, columns = [], [], ["suite", "group", "training", *METRICS.values(), "runs"]
+    for suite in dict.fromkeys(suite for runs in groups.values() for run in runs for suite in run["summary"].get("before", {})):
+        series = []
+        for label, when in itertools.product(groups, PHASES):
+            results = [run["summary"][when][suite] for run in groups[label] if suite in run["summary"].get(when, {})]
+            numbers = mean_of(results)
+            series.append((colours[label] + " pale" * (when == "before"), numbers))
+            rows.append([suite, label, when, *(percent(numbers, metric) for metric in METRICS), len(results)])
+        charts.append(figure(suite, f"{suite}, before and after training; the table gives the figures", bar_chart(series)))
+    return [f"<div class=charts>{''.join(charts)}</div>", table(columns, rows)] if rows else []
+
+
+def group_curves(groups: dict[str, list[dict]], colours: dict[str, str]) -> str:
+    """The reward over the steps: a thin line a run, and a thick one for the mean of a group, as far as its shortest run goes."""
+    curves = [(colours[label], *reward_curves(runs)) for label, runs in groups.items()]
+    lines = [(f"{classes} thin", rewards) for classes, runs, *_ in curves for rewards in runs]
+    lines += [(f"{classes} thick", means) for classes, _, means, _ in curves if means]
+    title = "Reward on the training tasks: each run thin, the mean thick, as far as the shortest run goes"
+    return figure(title, f"{len(lines)} curves of the reward over the steps", line_chart(lines)) if lines else ""
+
+
 def results_section(before: dict, after: dict) -> str:
     """Held-out success before and after training, as bars and as a table."""
     note = ("Hand-written tasks that occur nowhere in training; per cent, ± one standard error over tasks. Pass@1: one "
             "sampled trial; Pass@4: at least one of four; pass^4: all four; greedy: the most likely behaviour. Doing "
             "nothing should pass no task, the reference solution every task. A change below two standard errors may be noise.")
-    suites = dict.fromkeys([*before, *after])
-    charts = "".join(suite_chart(suite, before.get(suite, {}), after.get(suite, {})) for suite in suites)
-    legend = "<p class=legend><i class=before></i> before training <i class=after></i> after training</p>"
-    parts = [legend, f"<div class=charts>{charts}</div>", table(COLUMNS, result_rows(before, after))] if charts else []
+    colours, charts = legend([("before", "before training"), ("after", "after training")]), []
+    for suite in dict.fromkeys([*before, *after]):
+        pair = [(when, results.get(suite, {})) for when, results in zip(PHASES, (before, after))]
+        spoken = "; ".join(f"{label} {percent(numbers, m)} {when}" for m, label in METRICS.items() for when, numbers in pair)
+        charts.append(figure(suite, f"{suite}: {spoken}", bar_chart(pair)))
+    parts = [colours, f"<div class=charts>{''.join(charts)}</div>", table(COLUMNS, result_rows(before, after))] if charts else []
     return section("Held-out tasks, before and after", note, *parts)
 
 
-def suite_chart(suite: str, before: dict, after: dict) -> str:
-    """One suite's metrics as pairs of bars with error bars; a share of 1 is 135 units high."""
-    drawing = "<path class=axis d='M0 160H344'/>"
-    for group, (metric, label) in enumerate(METRICS.items()):
-        drawing += f"<text x={44 + 86 * group} y=178>{label}</text>"
-        for x, when, results in [(8 + 86 * group, "before", before), (45 + 86 * group, "after", after)]:
-            if (share := results.get(metric)) is not None:
-                top, error = 160 - 135 * share, 135 * (results.get(f"{metric}_se") or 0)
-                drawing += f"<rect class={when} x={x} y={top:.1f} width=34 height={160 - top:.1f} rx=2 />"
-                drawing += f"<path class=error d='M{x + 17} {top - error:.1f}v{2 * error:.1f}'/>"
-                drawing += f"<text x={x + 17} y={top - error - 5:.1f}>{100 * share:.0f}</text>"
-    spoken = "; ".join(f"{label} {percent(before, m)} before, {percent(after, m)} after" for m, label in METRICS.items())
-    return (f"<figure><figcaption><b>{shown(suite)}</b></figcaption>"
-            f"<svg viewBox='0 0 344 184' role=img aria-label='{shown(suite)}: {shown(spoken)}'>{drawing}</svg></figure>")
+def survivors(counts: dict[str, int]) -> list[tuple[str, float, str]]:
+    """Return the filter's funnel, from the attempts to the tasks kept: (what is known of the rest, its share, as text)."""
+    total = left = sum(counts.values())
+    rows = [("attempts", 1.0, str(total))]
+    for stage, survived in SURVIVED.items():
+        if counts.get(stage):
+            left -= counts[stage]
+            rows.append((survived, left / total, f"{left} ({left / total:.0%})"))
+    return rows
 
 
 def filter_section(counts: dict | None, rejected: list[dict], tasks: list[dict]) -> str:
@@ -433,19 +561,14 @@ def filter_section(counts: dict | None, rejected: list[dict], tasks: list[dict])
     note = ("The challenger's attempts, and the share that survives each stage. Few survivors are normal: of an 8B model's "
             "tasks on Retail the paper kept 5 %. Many duplicates mean that the challenger has run out of ideas.")
     counts = counts or {**Counter(str(line.get("stage")) for line in rejected), "ok": len(tasks)}
-    total = left = sum(counts.values())
-    rows = [("attempts", 1.0, str(total))]
-    for stage, survived in SURVIVED.items():
-        if counts.get(stage):
-            left -= counts[stage]
-            rows.append((survived, left / total, f"{left} ({left / total:.0%})"))
     kinds: dict[str, list[dict]] = {}  # a kind: the same stage, and the same first words but for numbers
     for line in rejected:
         reason = str(line.get("reason")).split("\n")[0][:80]
         kinds.setdefault(f"{line.get('stage')}: {re.sub('[0-9]+', '#', reason)}", []).append(line)
     frequent = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
     examples = [folded(kind, f"× {len(lines)}", task_parts(lines[0])) for kind, lines in frequent]
-    return section("The filter", note, *([bars(rows), "<h3>Why tasks were rejected</h3>", *examples] if total else []))
+    parts = [bars(survivors(counts)), "<h3>Why tasks were rejected</h3>", *examples] if any(counts.values()) else []
+    return section("The filter", note, *parts)
 
 
 def task_parts(task: dict) -> str:
@@ -460,20 +583,12 @@ def learning_section(metrics: list[dict]) -> str:
     note = "The reward on the training tasks; whether it carries over to unseen tasks is what the held-out suites say."
     if not metrics:
         return section("Learning curve", note)
-    drawing = "".join(f"<path class=axis d='M34 {y}H344'/><text x=15 y={y + 4}>{text}</text>"
-                      for y, text in [(25, "100%"), (92, "50%"), (160, "0%")])
-    for name in ("signal", "reward"):
-        points = [(34 + 306 * i / max(len(metrics) - 1, 1), 160 - 135 * line.get(name, 0)) for i, line in enumerate(metrics)]
-        drawing += f"<polyline class={name} points='{' '.join(f'{x:.1f},{y:.1f}' for x, y in points)}'/>"
-        drawing += "<circle class={} cx={:.1f} cy={:.1f} r=3 />".format(name, *points[-1])
-    first, last = metrics[0], metrics[-1]
-    drawing += f"<text x=50 y=178>step {shown(first.get('step'))}</text><text x=322 y=178>step {shown(last.get('step'))}</text>"
-    figures = [f"<p><b>{name}</b> {shown(first.get(name))} → {shown(last.get(name))}<br><small>{normal}</small>"
+    chart = figure("Reward and signal", f"reward and signal over {len(metrics)} steps; the first and the last are given below",
+                   line_chart([(name, [line.get(name, 0.0) for line in metrics]) for name in ("signal", "reward")]))
+    figures = [f"<p><b>{name}</b> {shown(metrics[0].get(name))} → {shown(metrics[-1].get(name))}<br><small>{normal}</small>"
                for name, normal in NORMAL.items()]
-    legend = "<p class=legend><i class=reward></i> reward <i class=signal></i> share of tasks with signal</p>"
-    spoken = f"reward and signal over {len(metrics)} steps; the first and the last are given below"
-    chart = f"<figure><svg viewBox='0 0 348 184' role=img aria-label='{spoken}'>{drawing}</svg></figure>"
-    return section("Learning curve", note, legend, chart, "<h3>First and last step, and what is normal</h3>", *figures)
+    colours = legend([("reward", "reward"), ("signal", "share of tasks with signal")])
+    return section("Learning curve", note, colours, chart, "<h3>First and last step, and what is normal</h3>", *figures)
 
 
 def tasks_section(tasks: list[dict]) -> str:
@@ -485,14 +600,30 @@ def tasks_section(tasks: list[dict]) -> str:
 
 
 def transcripts_section(trajectories: list[dict]) -> str:
-    """A few episodes, message by message."""
+    """A few episodes: the reward, the tools that were called, and every message."""
     note = "Where there is one, a held-out task that failed before training and succeeded after it; then one of each phase."
-    episodes = []
-    for t in chosen_trajectories(trajectories):
-        quiet = f"{t.get('env')}, reward {t.get('reward')}, {t.get('status')}{', greedy' if t.get('greedy') else ''}"
-        messages = "".join(titled(m.get("role"), m.get("content")) for m in t.get("messages") or [])
-        episodes.append(folded(f"{t.get('phase')}: {t.get('instruction')}", quiet, messages))
-    return section("Transcripts", note, *episodes)
+    return section("Transcripts", note, *map(transcript, chosen_trajectories(trajectories)))
+
+
+def transcript(t: dict) -> str:
+    """One episode."""
+    messages, reward = t.get("messages") or [], t.get("reward")
+    mark = f"<b class={'won' if reward else 'lost'}>{'✓' if reward else '✗'} reward {shown(reward)}</b> "
+    quiet = f"{t.get('env')}, {t.get('status')}{', greedy' if t.get('greedy') else ''}; tools: {tools_called(messages) or 'none'}"
+    parts = (titled(message.get("role"), message.get("content")) for message in messages)
+    return folded(f"{t.get('phase')}: {t.get('instruction')}", quiet, *parts, mark=mark)
+
+
+def tools_called(messages: list[dict]) -> str:
+    """Return which functions an episode's actions call, other than Python's own, and how often, as in "amount, add × 2"."""
+    calls: Counter = Counter()
+    for message in messages:
+        with suppress(FormatError):  # what cannot be read was not run
+            step = parse_step(str(message.get("content")))
+            if message.get("role") == "assistant" and step.kind == "action":
+                calls.update(re.findall(r"(?<![\w.])(?<!def )[^\W\d]\w*(?=\()", step.content))
+    tools = {name: number for name, number in calls.items() if not (hasattr(builtins, name) or iskeyword(name))}
+    return ", ".join(name + (f" × {number}" if number > 1 else "") for name, number in tools.items())
 
 
 def chosen_trajectories(trajectories: list[dict]) -> list[dict]:
@@ -509,14 +640,28 @@ def chosen_trajectories(trajectories: list[dict]) -> list[dict]:
 
 
 def cost_section(config: dict, summary: dict) -> str:
-    """Seconds of each phase, options and versions."""
+    """Seconds and peak memory of each phase, options and versions."""
     note = "Rollouts, not gradient steps, are the usual cost: in the paper challenging and rollouts take over nine tenths."
-    seconds = summary.get("wall_s", {})
-    rows = [(phase, value / (sum(seconds.values()) or 1), f"{value:.1f} s") for phase, value in seconds.items()]
+    seconds, memory = summary.get("wall_s", {}), summary.get("memory_bytes", {})
+    times = bars([(phase, value / (sum(seconds.values()) or 1), f"{value:.1f} s") for phase, value in seconds.items()])
+    peaks = bars([(phase, value / (max(memory.values()) or 1), f"{value / 2**30:.2f} GiB") for phase, value in memory.items()])
     details = table(["name", "value"], [*config.items(), *summary.get("versions", {}).items()])
-    return section("Time, options and versions", note, bars(rows), folded("Options and versions", "", details))
+    return section("Time and memory, options and versions", note, times, *(["<h3>Peak memory</h3>", peaks] if memory else []),
+                   folded("Options and versions", "", details))
 
 
+# The colours, which suit all kinds of colour vision, and what a drawing needs; also in the pictures of tests/figures.py.
+DRAWN = """:root { color-scheme: light dark; --page: #faf9f7; --card: #fff; --ink: #23272c; --quiet: #5d656e; --line: #e1dfda;
+  --before: #a4acb6; --after: #0072b2; --signal: #c65300; --kept: #00805d; --third: #a0508a; --fourth: #7a6a00; }
+@media screen and (prefers-color-scheme: dark) { :root { --page: #15181b; --card: #1d2125; --ink: #e4e7ea; --quiet: #a3abb4;
+  --line: #343a40; --before: #7d8792; --after: #56b4e9; --signal: #f0a35e; --kept: #40bf95; --third: #e09fce; --fourth: #d8c84a; } }
+.before { --colour: var(--before); } .after, .reward, .c0 { --colour: var(--after); } .signal, .c1 { --colour: var(--signal); }
+.c2 { --colour: var(--kept); } .c3 { --colour: var(--third); } .c4 { --colour: var(--fourth); }
+svg text { fill: var(--quiet); font: 12px system-ui, sans-serif; text-anchor: middle; } .axis { stroke: var(--line); }
+rect, circle, polygon { fill: var(--colour); } .pale { opacity: .4; } .error { stroke: var(--ink); stroke-width: 1.3; }
+polyline { fill: none; stroke: var(--colour); stroke-width: 2; } polyline.signal { stroke-dasharray: 4 3; }
+polyline.thin { stroke-width: 1; opacity: .5; } circle.thin { display: none; } polyline.thick { stroke-width: 2.6; }
+polygon { opacity: .2; }"""
 # Should an escape ever be forgotten, the policy in the second meta line still forbids every script and connection.
 PAGE = """<!doctype html>
 <html lang=en>
@@ -525,10 +670,7 @@ PAGE = """<!doctype html>
 <meta name=viewport content="width=device-width, initial-scale=1">
 <title>Self-challenging run</title>
 <style>
-:root { color-scheme: light dark; --page: #faf9f7; --card: #fff; --ink: #23272c; --quiet: #5d656e; --line: #e1dfda;
-  --before: #a4acb6; --after: #0072b2; --signal: #c65300; --kept: #00805d; }
-@media screen and (prefers-color-scheme: dark) { :root { --page: #15181b; --card: #1d2125; --ink: #e4e7ea;
-  --quiet: #a3abb4; --line: #343a40; --before: #7d8792; --after: #56b4e9; --signal: #f0a35e; --kept: #40bf95; } }
+""" + DRAWN + """
 * { box-sizing: border-box; print-color-adjust: exact; }
 body { max-width: 52rem; margin: 0 auto; padding: 1.5rem 1rem 5rem; background: var(--page); color: var(--ink);
   font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -539,17 +681,17 @@ h3 { margin: 1.75rem 0 .5rem; font-size: 1rem; } h4 { margin: .9rem 0 .25rem; fo
 th, td { padding: .4rem .9rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left; } th { color: var(--quiet); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 0 1rem; }
 figure, details { margin: .6rem 0; padding: .65rem .95rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px; } svg { display: block; width: 100%; max-width: 34rem; margin: auto; }
-svg text { fill: var(--quiet); font-size: 11px; text-anchor: middle; } .axis { stroke: var(--line); }
-.before { --colour: var(--before); } .after, .reward { --colour: var(--after); } .signal { --colour: var(--signal); }
-rect, circle { fill: var(--colour); } polyline { fill: none; stroke: var(--colour); stroke-width: 2; }
-i { background: var(--colour); } polyline.signal { stroke-dasharray: 4 3; } .error { stroke: var(--ink); stroke-width: 1.3; }
-.legend i { display: inline-block; width: .85rem; margin: 0 .25rem -.05rem .6rem; }
+  border-radius: 10px; } svg { display: block; width: 100%; max-width: 28rem; margin: .3rem auto 0; }
+.legend span { display: inline-block; margin-right: .9rem; } .legend i { display: inline-block; width: .85rem; margin: 0 .1rem -.05rem 0; }
+i { background: var(--colour); } .won { color: var(--kept); } .lost { color: var(--signal); }
 .bars { display: grid; grid-template-columns: auto 1fr auto; gap: .5rem .9rem; align-items: center; font-size: .9rem; }
 .track { background: var(--line); --colour: var(--kept); } .track, i { display: block; height: .85rem; border-radius: 4px; }
 pre { margin: 0; padding: .65rem .8rem; border-radius: 6px; background: var(--page); white-space: pre-wrap;
   font: .83rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
-@media print { figure { break-inside: avoid; } details::details-content { content-visibility: visible; block-size: auto; } }
+@media print { :root { --page: #fff; } body { max-width: none; padding: 0; } pre { border: 1px solid var(--line); }
+  .wide { overflow: visible; } table { white-space: normal; font-size: .75rem; } th { overflow-wrap: normal; }
+  h2, h3, h4, summary, .note, .legend { break-after: avoid; }
+  figure, tr, .note { break-inside: avoid; } details::details-content { content-visibility: visible; block-size: auto; } }
 </style>
 SECTIONS
 </html>
@@ -590,13 +732,13 @@ def setting_of(options: argparse.Namespace) -> dict:
     }
 
 
-def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[dict], None]]:
-    """Return the episodes in a file of an interrupted evaluation, if there is one, and the function that appends another.
+def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[list[dict]], None]]:
+    """Return the episodes in a file of an interrupted evaluation, if there is one, and the function that appends others.
 
     The file's first line is the setting. Raises ValueError if it is another one.
     """
     if path is None:
-        return [], lambda line: None
+        return [], lambda lines: None
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     whole = text[:text.rfind("\n") + 1]  # without the half line that a crash may have left
     lines = [json.loads(line) for line in whole.splitlines()] or [setting]
@@ -604,13 +746,7 @@ def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[d
         raise ValueError(f"{str(path)!r} holds the episodes of another evaluation: give --episodes a new file")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(whole or json.dumps(setting) + "\n", encoding="utf-8")
-    lock = threading.Lock()
-
-    def write(line: dict) -> None:
-        with lock:  # episodes end in several threads
-            append_lines(path, [line])
-
-    return lines[1:], write
+    return lines[1:], partial(append_lines, path)
 
 
 def main() -> int:
@@ -623,20 +759,23 @@ def main() -> int:
     add("--trials", type=int, default=4, help="sampled trials of each task; at least 4 for Pass@4")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--airline", default="paper", choices=["paper", "all"], help="the paper's 30 tasks for Airline, or all 50")
-    add("--episodes", type=Path, metavar="FILE", help="write each episode here as it ends; those in it already are not played again")
+    add("--episodes", type=Path, metavar="FILE", help="write the episodes here, --parallel at a time; those in it already are not played again")
     add("--json", action="store_true", help="print one JSON object, {suite: numbers}, instead of the table")
     add_rollout_options(parser)
-    add("--report", metavar="RUN", type=Path, help="only rebuild report.html in the folder of a run")
+    add("--report", metavar="RUN", type=Path, nargs="+",
+        help="only rebuild report.html in the folder of the first run; with several, it begins with their comparison")
     arguments = parser.parse_args()
 
     def work() -> None:
         if arguments.report:
-            print(write_report(arguments.report))
+            print(write_report(*dict.fromkeys(arguments.report)))
             return
         results = measure(arguments)
         print(json.dumps(results) if arguments.json else format_table(results))
 
     def how_to_go_on() -> str:
+        if arguments.report:
+            return "the report was not written"
         if not arguments.episodes:
             return "nothing was measured (with --episodes FILE it could go on from here)"
         return f"the same command goes on from the episodes in {arguments.episodes}"

@@ -13,12 +13,11 @@ rejection fine-tuning (RFT): only the successes carry gradient. What differs her
 
 Where a world has users (Retail, Airline), the executor's ANSWER is a message, and the episode a conversation.
 
-The data flow: episodes --rollout--> trajectories --leave_one_out--> advantages --reinforce_step--> policy.
+The data flow: episodes --rollout--> trajectories --advantages--> A --reinforce_step--> policy.
 
 Read next: eval.py, which measures a policy; before: verify.py, which runs and judges the model's code.
 """
 import argparse
-import copy
 import hashlib
 import json
 import logging
@@ -27,10 +26,8 @@ import os
 import platform
 import random
 import sys
-import tempfile
 import time
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,13 +36,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from jinja2 import TemplateError  # of the language of chat templates; it comes with torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -68,19 +63,21 @@ from verify import (  # noqa: E402
     CodeAsTask,
     FormatError,
     Jail,
+    TaskError,
     Verdict,
     add_benchmark_options,
     evaluate,
     guarded,
     observation,
     parse_step,
+    read_lines,
 )
 
 transformers_logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 MAX_STEPS = 15  # the paper's limit for the executor (section 4)
-FEED_COLUMNS = 16_384  # of the cache that a pass looks at which feeds it prompts and observations, over all its rows
-FEED_TOKENS = 2048  # that go through the network in such a pass
+FEED_COLUMNS = 8192  # of the cache that a pass looks at which feeds it prompts and observations, over all its rows
+FEED_TOKENS = 1024  # that go through the network in such a pass
 CHUNK_TOKENS = 512  # whose logits exist at once in training
 CONTEXTS = (2048, 4096, 8192, 16_192)  # of which --fit speaks; the last is the paper's
 User = Callable[[list[list[dict]], torch.Generator], list[str | None]]  # from conversations to the users' next messages
@@ -231,12 +228,11 @@ class Episode:
 
     max_steps: int
     asks = False  # whether the agent has just spoken to a simulated user, whose reply goes to `hear`
-    when_over: Callable[["Episode", "Trajectory"], None] | None = None  # is told of the end
 
     def __init__(self, jail: Jail, env: str, seed: int):
         self.jail, self.env, self.seed = jail, env, seed
         self.environment = make_environment(env, seed)
-        self.session = jail.session(self.environment, replica=seed)
+        self.session = jail.session(self.environment, replica=seed)  # which spreads the work over the servers
         self.messages: list[dict] = []
         self.reward, self.steps, self.status = 0.0, 0, "running"
 
@@ -321,66 +317,6 @@ class Executor(Episode):
         self.reward, self.status = float(verdict.passed), "answered"
 
 
-class SupportAgent(Executor):
-    """The executor in a world with a user: only the user knows the instruction, and an ANSWER is a message to the user.
-
-    `asks` says that the agent has spoken: the user's reply goes to `hear` and is the next observation. The episode
-    ends when the user stops or the agent hands over to a human. The final answer is the list of what was said.
-    """
-
-    when, answer_is = "you want to say something to the customer", "your message; when all is settled, the customer ends it"
-
-    def __init__(self, jail: Jail, task: Any, judge: Callable[..., Verdict] = evaluate):
-        super().__init__(jail, task, judge)
-        self.messages, self.conversation, self.said, self.asks = self.messages[:1], open_conversation(task.instruction), [], True
-
-    def act(self, code: str) -> str | None:
-        reply = super().act(code)
-        return self.end() if self.environment.over else reply
-
-    def answer(self, content: str) -> str:
-        """Say something to the user; the observation is still to come."""
-        self.said.append(content)
-        self.conversation.append({"role": "user", "content": content})
-        self.asks = True
-        return ""
-
-    def hear(self, message: str | None) -> str | None:
-        """Take the user's message, None if the user failed; return the next observation, or None at the end."""
-        self.asks = False
-        if message is None:
-            self.reward, self.status = float("nan"), "user failed"  # which is no fault of the agent's: it does not count
-            return None
-        self.conversation.append({"role": "assistant", "content": message})
-        message = spoken(message)
-        return self.end() if message == STOP else f"Customer:\n{message}"
-
-    def end(self) -> None:
-        """Judge the state and what was said; the episode ends."""
-        self.environment.over = False  # for an evaluation, which looks at the state through the tools
-        super().answer(self.said)
-
-
-def executor(jail: Jail, task: Any, judge: Callable[..., Verdict] = evaluate) -> Executor:
-    """Return the executor's episode of a task, in a conversation where its world has users."""
-    return (SupportAgent if ENVIRONMENTS[task.env].talks else Executor)(jail, task, judge)
-
-
-class UserTurn(Episode):
-    """One message of a simulated user whom a policy plays."""
-
-    max_steps = 1
-
-    def __init__(self, conversation: list[dict]):
-        self.messages, self.reward, self.status = list(conversation), 0.0, "running"
-
-    def step(self, text: str) -> None:
-        self.text = text
-
-    def close(self) -> None:
-        """There is no session to end."""
-
-
 @dataclass
 class Trajectory:
     """An episode as the trainer sees it; `tokens`, `mask` and `logprobs` have one entry a token."""
@@ -422,29 +358,209 @@ def rollout(
     if window and window < context:
         raise PolicyError(f"the model sees a sliding window of {window:,} tokens: lower --context to that")
     user = user or own_user(policy, parallel, turn_tokens)
-    trajectories = begin(policy, episodes, user, generator)
-    running = [(episode, trajectory) for episode, trajectory in zip(episodes, trajectories) if episode.status == "running"]
-    if (longest := max((len(trajectory.tokens) for _, trajectory in running), default=0)) >= context:
+    seats = begin(policy, episodes, user, generator)
+    running = [seat for seat in seats if not seat.over]
+    if (longest := max((len(seat.prompt) for seat in running), default=0)) >= context:
         raise PolicyError(f"a prompt of {longest:,} tokens leaves no room in --context {context:,}: raise it")
-    if running:
-        play(policy, *zip(*running), generator, temperature, parallel, turn_tokens, context, user, bar)
-    return trajectories
+    play(policy, running, generator, temperature, parallel, turn_tokens, context, user, bar)
+    return [seat.trajectory for seat in seats]
 
 
-def begin(policy: Policy, episodes: list[Episode], user: User, generator: torch.Generator) -> list[Trajectory]:
-    """Return the trajectories of episodes that have not begun: their prompts, in which a user may speak first."""
+@dataclass
+class Seat:
+    """An episode at play, its trajectory, and how far the cache has followed it."""
+
+    episode: Episode
+    trajectory: Trajectory
+    prompt: tuple[int, ...]  # the tokens of the opening, which the rollouts of a task share
+    turn: int                # where in the trajectory the agent's turn begins
+    fed: int = 0             # tokens that the cache holds: while the agent samples, all but the last
+    text: str | None = None  # of the agent's turn, once that has ended: the seat waits
+    over: bool = False
+
+    def end(self) -> None:
+        """Close the episode, and note how it ended."""
+        self.episode.close()
+        self.trajectory.reward, self.trajectory.status = self.episode.reward, self.episode.status
+        self.episode.environment, self.over = None, True  # a database may have megabytes
+
+
+def begin(policy: Policy, episodes: list[Episode], user: User, generator: torch.Generator) -> list[Seat]:
+    """Return the seats of episodes that have not begun, with their prompts, in which a user may speak first."""
     asked = [episode for episode in episodes if episode.asks]
-    heard = {id(episode): episode.hear(message)
-             for episode, message in zip(asked, user([episode.conversation for episode in asked], generator) if asked else [])}
-    trajectories = []
-    for episode in episodes:
-        if first := heard.get(id(episode)):
+    for episode, message in zip(asked, user([episode.conversation for episode in asked], generator) if asked else []):
+        if first := episode.hear(message):
             episode.messages.append({"role": "user", "content": first})
+    seats = []
+    for episode in episodes:
         prompt = prompt_tokens(policy.tokenizer, episode.messages)
-        trajectories.append(Trajectory(prompt, [False] * len(prompt), [0.0] * len(prompt), messages=episode.messages))
+        trajectory = Trajectory(list(prompt), [False] * len(prompt), [0.0] * len(prompt), messages=episode.messages)
+        seats.append(Seat(episode, trajectory, tuple(prompt), turn=len(prompt)))
         if episode.status != "running":  # the user has failed, or wants nothing
-            go_on(policy, episode, trajectories[-1], None, 0)
-    return trajectories
+            seats[-1].end()
+    return seats
+
+
+@torch.inference_mode()
+def play(
+    policy: Policy, seats: list[Seat], generator: torch.Generator,
+    temperature: float, parallel: int, turn_tokens: int, context: int, user: User, bar: tqdm | None,
+) -> None:
+    """Play the episodes to their ends, each in a slot of the KV cache, which lasts from its first turn to its last.
+
+    All slots sample a token in one pass of the network. An episode whose turn has ended waits; when half of the slots
+    wait, `take_steps` runs the code of all their turns side by side, while the network rests, and they all go on. So none
+    waits for the slowest, the network has the processor to itself, and what happens never depends on how fast code was.
+    That is also when waiting episodes take the slots of those that are over.
+    """
+    queue = deque(seats)
+    slots = [queue.popleft() for _ in range(min(parallel, len(queue)))]  # the seat in each slot
+    cache, waiting = SlotCache(policy.model.config, len(slots), context), []
+    while slots:
+        fill(policy, cache, slots)
+        last = [[0] if seat.text is not None else seat.trajectory.tokens[-1:] for seat in slots]  # 0 for a slot that waits
+        logits = advance(policy, cache, range(len(slots)), last, [seat.fed for seat in slots])
+        sampled = torch.stack(sample_tokens(logits, generator, temperature)).tolist()  # [2, slots]: the one synchronisation of a pass
+        for seat, token, logprob in zip(slots, map(int, sampled[0]), sampled[1]):
+            if seat.text is None:
+                seat.fed = len(seat.trajectory.tokens)
+                seat.trajectory.extend([token], True, [logprob])
+                if token in policy.stop_ids or len(seat.trajectory.tokens) == min(seat.turn + turn_tokens, context):
+                    seat.text = turn_text(policy, seat.trajectory.tokens[seat.turn:])
+                    waiting.append(seat)
+        if 2 * len(waiting) >= len(slots):
+            take_steps(policy, waiting, user, generator, context)
+            if bar is not None:
+                bar.update(sum(seat.over for seat in waiting))
+            waiting.clear()
+            slots = [queue.popleft() if seat.over and queue else seat for seat in slots]
+            if any(seat.over for seat in slots):
+                cache.keep([slot for slot, seat in enumerate(slots) if not seat.over])
+                slots = [seat for seat in slots if not seat.over]
+
+
+def sample_tokens(logits: torch.Tensor, generator: torch.Generator, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a token from each row of `logits` [rows, vocabulary]; return tokens and their log-probabilities, both [rows].
+
+    The log-probabilities are those of the distribution that was sampled: of logits / temperature, with no
+    top-k or top-p cut, so that the trainer can compute the same number. temperature 0 takes the most likely token.
+    """
+    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        tokens = logprobs.argmax(-1)
+    else:
+        tokens = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def turn_text(policy: Policy, tokens: list[int]) -> str:
+    """Return the text of a turn, without the tokens that end it."""
+    return policy.tokenizer.decode([token for token in tokens if token not in policy.stop_ids], skip_special_tokens=True)
+
+
+def take_steps(policy: Policy, seats: list[Seat], user: User, generator: torch.Generator, context: int) -> None:
+    """Hand the episodes their agents' turns, side by side, then let the users reply, all at once; all go on, or end."""
+    def step(seat: Seat) -> str | None:
+        seat.episode.messages.append({"role": "assistant", "content": seat.text})
+        return seat.episode.step(seat.text)
+
+    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as workers:
+        replies = list(workers.map(step, seats))
+    asked = [number for number, seat in enumerate(seats) if seat.episode.asks]
+    messages = user([seats[number].episode.conversation for number in asked], generator) if asked else []
+    for number, message in zip(asked, messages):
+        replies[number] = seats[number].episode.hear(message)
+    for seat, reply in zip(seats, replies):
+        observe(policy, seat, reply, context)
+        seat.turn, seat.text = len(seat.trajectory.tokens), None
+
+
+def observe(policy: Policy, seat: Seat, reply: str | None, context: int) -> None:
+    """Append an observation to the trajectory; without one, or without room for it, the episode is over."""
+    if reply is not None:
+        seat.episode.messages.append({"role": "user", "content": reply})
+        tokens = observation_tokens(policy.tokenizer, reply)
+        if seat.trajectory.tokens[-1] == tokens[0]:  # the agent itself has written the end of its turn
+            tokens = tokens[1:]
+        if len(seat.trajectory.tokens) + len(tokens) < context:
+            seat.trajectory.extend(tokens, False)
+            return
+        seat.episode.status = "out of context"
+    seat.end()
+
+
+# ---------------------------------------------------------------------------------------------------
+# conversations, and other models (on a first reading skip this: the toy worlds have neither)
+
+class SupportAgent(Executor):
+    """The executor in a world with a user: only the user knows the instruction, and an ANSWER is a message to the user.
+
+    `asks` says that the agent has spoken: the user's reply goes to `hear` and is the next observation. The episode
+    ends when the user stops or the agent hands over to a human. The final answer is the list of what was said.
+    """
+
+    when, answer_is = "you want to say something to the customer", "your message; when all is settled, the customer ends it"
+
+    def __init__(self, jail: Jail, task: Any, judge: Callable[..., Verdict] = evaluate):
+        super().__init__(jail, task, judge)
+        self.messages, self.conversation, self.said, self.asks = self.messages[:1], open_conversation(task.instruction), [], True
+
+    def act(self, code: str) -> str | None:
+        reply = super().act(code)
+        return self.end() if self.environment.over else reply
+
+    def answer(self, content: str) -> str:
+        """Say something to the user; the observation is still to come."""
+        self.said.append(content)
+        self.conversation.append({"role": "user", "content": content})
+        self.asks = True
+        return ""  # no observation yet, and no end
+
+    def hear(self, message: str | None) -> str | None:
+        """Take the user's message, None if the user failed; return the next observation, or None at the end."""
+        self.asks = False
+        if message is None:
+            self.reward, self.status = float("nan"), "user failed"  # which is no fault of the agent's: it does not count
+            return None
+        self.conversation.append({"role": "assistant", "content": message})
+        message = spoken(message)
+        return self.end() if message == STOP else f"Customer:\n{message}"
+
+    def end(self) -> None:
+        """Judge the state and what was said; the episode ends."""
+        self.environment.over = False  # for an evaluation, which looks at the state through the tools
+        super().answer(self.said)
+
+
+def executor(jail: Jail, task: Any, judge: Callable[..., Verdict] = evaluate) -> Executor:
+    """Return the executor's episode of a task, in a conversation where its world has users."""
+    return (SupportAgent if ENVIRONMENTS[task.env].talks else Executor)(jail, task, judge)
+
+
+class UserTurn(Episode):
+    """One message of a simulated user whom a policy plays."""
+
+    max_steps = 1
+
+    def __init__(self, conversation: list[dict]):
+        self.messages, self.reward, self.status = list(conversation), 0.0, "running"
+
+    def step(self, text: str) -> None:
+        self.text = text
+
+    def close(self) -> None:
+        """There is no session to end."""
+
+
+def own_user(policy: Policy, parallel: int, turn_tokens: int) -> User:
+    """Return a user whom the policy's own base model plays: without the adapter, so that training does not change it."""
+    def reply(conversations: list[list[dict]], generator: torch.Generator) -> list[str]:
+        turns = [UserTurn(conversation) for conversation in conversations]
+        room = turn_tokens + max(len(prompt_tokens(policy.tokenizer, turn.messages)) for turn in turns)
+        with policy.model.disable_adapter():
+            rollout(policy, turns, generator, parallel=parallel, turn_tokens=turn_tokens, context=room)
+        return [turn.text for turn in turns]
+    return reply
 
 
 def rollout_by(
@@ -457,112 +573,51 @@ def rollout_by(
     An episode whose model fails ends as "model failed" and does not count.
     """
     user = user or own_user(policy, limits["parallel"], limits["turn_tokens"])
-    trajectories = begin(policy, episodes, user, generator)
-    running = [i for i, episode in enumerate(episodes) if episode.status == "running"]
+    seats = begin(policy, episodes, user, generator)
     end_of_turn = observation_tokens(policy.tokenizer, "")[:1]
-    while running:
-        texts = dict(zip(running, model([episodes[i].messages for i in running])))
-        failed = {i for i, text in texts.items() if text is None}
-        for i in failed:
-            episodes[i].reward, episodes[i].status = math.nan, "model failed"
-            go_on(policy, episodes[i], trajectories[i], None, context)
-            del texts[i]
-        for i, text in texts.items():
-            said = policy.tokenizer(defuse(policy.tokenizer, text), add_special_tokens=False).input_ids + end_of_turn
-            trajectories[i].extend(said, True, [0.0] * len(said))
-        ended = failed | take_steps(policy, episodes, trajectories, texts, user, generator, context)
-        running = [i for i in running if i not in ended]
+    while running := [seat for seat in seats if not seat.over]:
+        for seat, seat.text in zip(running, model([seat.episode.messages for seat in running])):
+            if seat.text is None:
+                seat.episode.reward, seat.episode.status = math.nan, "model failed"
+                seat.end()
+            else:
+                said = policy.tokenizer(defuse(policy.tokenizer, seat.text), add_special_tokens=False).input_ids + end_of_turn
+                seat.trajectory.extend(said, True, [0.0] * len(said))
+        take_steps(policy, [seat for seat in running if not seat.over], user, generator, context)
         if bar is not None:
-            bar.update(len(ended))
-    return trajectories
+            bar.update(sum(seat.over for seat in running))
+    return [seat.trajectory for seat in seats]
 
 
-def own_user(policy: Policy, parallel: int, turn_tokens: int) -> User:
-    """Return a user whom the policy's own base model plays: without the adapter, so that training does not change it."""
-    def reply(conversations: list[list[dict]], generator: torch.Generator) -> list[str]:
-        turns = [UserTurn(conversation) for conversation in conversations]
-        room = turn_tokens + max(len(prompt_tokens(policy.tokenizer, turn.messages)) for turn in turns)
-        with policy.model.disable_adapter():
-            rollout(policy, turns, generator, parallel=parallel, turn_tokens=turn_tokens, context=room, user=silence)
-        return [turn.text for turn in turns]
-    return reply
+# ---------------------------------------------------------------------------------------------------
+# the KV cache of rollouts (on a first reading go on at "REINFORCE": all of this only saves time and memory)
 
-
-def silence(conversations: list[list[dict]], generator: torch.Generator) -> list[str]:
-    """The user of episodes that have none."""
-    raise AssertionError("a user's own turn has no user")
-
-
-@torch.inference_mode()
-def play(
-    policy: Policy, episodes: list[Episode], trajectories: list[Trajectory], generator: torch.Generator,
-    temperature: float, parallel: int, turn_tokens: int, context: int, user: User, bar: tqdm | None,
-) -> None:
-    """Play the episodes, each in a slot of the KV cache, which lasts from its first turn to its last.
-
-    All slots sample a token in one pass of the network. An episode whose turn has ended waits; when half of the slots
-    wait, `take_steps` runs the code of all their turns side by side, while the network rests, and they all go on. So none
-    waits for the slowest, the network has the processor to itself, and what happens never depends on how fast code was.
-    That is also when waiting episodes take the slots of those that are over.
-    """
-    queue = deque(range(len(episodes)))
-    slots = [queue.popleft() for _ in range(min(parallel, len(queue)))]  # the episode in each slot
-    cache = SlotCache(policy.model.config, len(slots), context)
-    prompts = [len(t.tokens) for t in trajectories]  # of each episode, as are the next two
-    fed = [0] * len(episodes)                        # tokens that the cache holds: while an episode samples, all but the last
-    started = list(prompts)                          # where the agent's turn begins
-    turns = {}                                       # {episode: the text of its turn}: these wait
-    while slots:
-        fill(policy, cache, slots, trajectories, prompts, fed, turns)
-        last = [[0] if i in turns else trajectories[i].tokens[-1:] for i in slots]  # 0 for a slot that waits, which changes nothing
-        logits = advance(policy, cache, range(len(slots)), last, [fed[i] for i in slots])
-        sampled = torch.stack(sample_tokens(logits, generator, temperature)).tolist()  # [2, slots]: the one synchronisation of a pass
-        for i, token, logprob in zip(slots, map(int, sampled[0]), sampled[1]):
-            if i not in turns:
-                fed[i] = len(trajectories[i].tokens)
-                trajectories[i].extend([token], True, [logprob])
-                if token in policy.stop_ids or len(trajectories[i].tokens) == min(started[i] + turn_tokens, context):
-                    turns[i] = turn_text(policy, trajectories[i].tokens[started[i]:])
-        if 2 * len(turns) >= len(slots):
-            ended = take_steps(policy, episodes, trajectories, turns, user, generator, context)
-            for i in turns:
-                started[i] = len(trajectories[i].tokens)
-            turns.clear()
-            slots = [i if i not in ended else queue.popleft() if queue else None for i in slots]
-            if None in slots:
-                cache.keep([slot for slot, i in enumerate(slots) if i is not None])
-                slots = [i for i in slots if i is not None]
-            if bar is not None:
-                bar.update(len(ended))
-
-
-def fill(policy: Policy, cache: "SlotCache", slots: list[int], trajectories, prompts: list[int], fed: list[int], turns: dict) -> None:
+def fill(policy: Policy, cache: "SlotCache", slots: list[Seat]) -> None:
     """Feed the cache what it lacks of each slot's trajectory, save for the last token, from which the next is sampled.
 
     Of the rollouts of a task, which share their prompt, one is fed with it; the others get a copy of its part of the cache.
     A pass is bounded in tokens and in columns, rows times columns, of which attention may make copies: a long prompt goes
     in pieces.
     """
-    lacking = {slot: trajectories[i].tokens[fed[i]:-1] for slot, i in enumerate(slots) if i not in turns}
+    lacking = {slot: seat.trajectory.tokens[seat.fed:-1] for slot, seat in enumerate(slots) if seat.text is None}
     lacking = {slot: tokens for slot, tokens in lacking.items() if tokens}
-    fresh, copies = [slot for slot in lacking if fed[slots[slot]] == 0], []
+    fresh, copies = [slot for slot in lacking if slots[slot].fed == 0], {}  # {slot: the slot that it is copied from}
     if fresh:
-        prompt = {slot: tuple(trajectories[i].tokens[:prompts[i]]) for slot, i in enumerate(slots)}
-        sources = {prompt[slot]: slot for slot in prompt if slot not in fresh}
+        sources = {seat.prompt: slot for slot, seat in enumerate(slots) if slot not in fresh}
         for slot in fresh:
-            if (source := sources.setdefault(prompt[slot], slot)) != slot:
-                copies.append((source, slot))
-    copied = {slot for _, slot in copies}
-    new = {slot: tokens for slot, tokens in lacking.items() if slot not in copied}
+            if (source := sources.setdefault(slots[slot].prompt, slot)) != slot:
+                copies[slot] = source
+    new = {slot: tokens for slot, tokens in lacking.items() if slot not in copies}
     for first in range(0, max(map(len, new.values()), default=0), FEED_TOKENS):
-        pieces = [(slot, tokens[first:first + FEED_TOKENS], fed[slots[slot]] + first) for slot, tokens in new.items() if len(tokens) > first]
+        pieces = [(slot, tokens[first:first + FEED_TOKENS], slots[slot].fed + first) for slot, tokens in new.items() if len(tokens) > first]
+        # a token counts for as many columns as keeps both bounds
         sizes = [max(start + len(tokens), len(tokens) * FEED_COLUMNS // FEED_TOKENS) for _, tokens, start in pieces]
         for batch in micro_batches(sizes, FEED_COLUMNS):
             advance(policy, cache, *zip(*(pieces[number] for number in sorted(batch))))
-    for source, slot in copies:
+    for slot, source in copies.items():
         cache.copy(source, slot, len(lacking[slot]))
     for slot, tokens in lacking.items():
-        fed[slots[slot]] += len(tokens)
+        slots[slot].fed += len(tokens)
 
 
 def advance(policy: Policy, cache: "SlotCache", slots: Sequence[int], tokens: Sequence[list[int]], starts: Sequence[int]) -> torch.Tensor:
@@ -584,50 +639,6 @@ def advance(policy: Policy, cache: "SlotCache", slots: Sequence[int], tokens: Se
         input_ids=ids, attention_mask=visible, position_ids=columns, past_key_values=cache, use_cache=True
     ).last_hidden_state  # [rows, width, hidden]
     return model.get_output_embeddings()(states[torch.arange(len(ends), device=policy.device), ends]).float()
-
-
-def turn_text(policy: Policy, tokens: list[int]) -> str:
-    """Return the text of a turn, without the tokens that end it."""
-    return policy.tokenizer.decode([token for token in tokens if token not in policy.stop_ids], skip_special_tokens=True)
-
-
-def take_steps(
-    policy: Policy, episodes: list[Episode], trajectories: list[Trajectory], turns: dict[int, str], user: User,
-    generator: torch.Generator, context: int,
-) -> set[int]:
-    """Hand the episodes their agents' turns, side by side, then let users reply, all at once; return which episodes are over."""
-    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as workers:
-        over = workers.map(lambda i: take_step(policy, episodes[i], trajectories[i], turns[i], context), turns)
-        ended = {i for i, is_over in zip(turns, over) if is_over}
-    asked = [i for i in turns if episodes[i].asks]
-    messages = user([episodes[i].conversation for i in asked], generator) if asked else []
-    return ended | {i for i, message in zip(asked, messages) if go_on(policy, episodes[i], trajectories[i], episodes[i].hear(message), context)}
-
-
-def take_step(policy: Policy, episode: Episode, trajectory: Trajectory, text: str, context: int) -> bool:
-    """Hand the text of the agent's turn to its episode, and append what comes of it; return whether the episode is over."""
-    episode.messages.append({"role": "assistant", "content": text})
-    reply = episode.step(text)
-    return not episode.asks and go_on(policy, episode, trajectory, reply, context)
-
-
-def go_on(policy: Policy, episode: Episode, trajectory: Trajectory, reply: str | None, context: int) -> bool:
-    """Append an observation, or close the episode if there is none; return whether it is over."""
-    if reply is not None:
-        episode.messages.append({"role": "user", "content": reply})
-        tokens = observation_tokens(policy.tokenizer, reply)
-        if trajectory.tokens[-1] == tokens[0]:  # the agent itself has written the end of its turn
-            tokens = tokens[1:]
-        trajectory.extend(tokens, False)
-        if len(trajectory.tokens) < context:
-            return False
-        episode.status = "out of context"
-    episode.close()
-    trajectory.reward, trajectory.status = episode.reward, episode.status
-    if episode.when_over is not None:
-        episode.when_over(episode, trajectory)
-    episode.environment = None  # a database may have megabytes
-    return True
 
 
 class SlotLayer(DynamicLayer):
@@ -671,20 +682,6 @@ class SlotCache(DynamicCache):
             layer.store = layer.store[:, slots]
 
 
-def sample_tokens(logits: torch.Tensor, generator: torch.Generator, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a token from each row of `logits` [rows, vocabulary]; return tokens and their log-probabilities, both [rows].
-
-    The log-probabilities are those of the distribution that was sampled: of logits / temperature, with no
-    top-k or top-p cut, so that the trainer can compute the same number. temperature 0 takes the most likely token.
-    """
-    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
-    if temperature == 0:
-        tokens = logprobs.argmax(-1)
-    else:
-        tokens = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
-
-
 # ---------------------------------------------------------------------------------------------------
 # REINFORCE with a baseline
 
@@ -695,24 +692,26 @@ def advantages(rewards: torch.Tensor, baseline: str = "leave-one-out") -> torch.
                    (Kool et al. 2019; RLOO, arXiv 2402.14740). It does not bias the gradient, because b_i
                    does not depend on rollout i. A group whose rewards are all equal has A = 0: no signal.
     none:          b_i = 0, A = r: the paper's rejection fine-tuning, only successes carry gradient.
+
+    NaN is the reward of a rollout that does not count: its A is 0, and it enters no baseline.
     """
     if baseline == "none":
-        return rewards.clone()
+        return rewards.nan_to_num(0.0)
     if baseline != "leave-one-out":
         raise ValueError(f"unknown baseline {baseline!r}: choose leave-one-out or none")
-    rollouts = rewards.shape[1]
-    if rollouts < 2:
+    if rewards.shape[1] < 2:
         raise ValueError("the leave-one-out baseline needs at least two rollouts of each task")
     ### BEGIN SOLUTION
-    others = (rewards.sum(1, keepdim=True) - rewards) / (rollouts - 1)  # [tasks, K]
-    return rewards - others
+    total, count = rewards.nansum(1, keepdim=True), (~rewards.isnan()).sum(1, keepdim=True)  # [tasks, 1]
+    others = (total - rewards) / (count - 1)  # [tasks, K]
+    return (rewards - others).nan_to_num(0.0)
     ### END SOLUTION
 
 
 def signal_share(rewards: torch.Tensor) -> float:
-    """Return the share of tasks whose rollouts did not all end alike, from rewards [tasks, K]; only they have advantages but 0."""
+    """Return the share of tasks of which some rollouts succeeded and some failed, for rewards [tasks, K]; the others teach nothing."""
     ### BEGIN SOLUTION
-    return (rewards != rewards[:, :1]).any(1).float().mean().item()
+    return ((rewards == 1).any(1) & (rewards == 0).any(1)).float().mean().item()
     ### END SOLUTION
 
 
@@ -844,6 +843,11 @@ def train(
     it wrote, failures included: the paper's distillation. What it draws depends on options.seed and the step alone.
     The metrics are a line of metrics.jsonl, the episodes lines of trajectories.jsonl.
     """
+    if not tasks:
+        raise PolicyError("there are no tasks to train on")
+    if options.baseline == "leave-one-out" and options.rollouts < 2:
+        raise PolicyError("the leave-one-out baseline needs at least two --rollouts of each task")
+    limits = rollout_limits(options)
     teacher = endpoint_model(options.teacher_endpoint, options.teacher_model) if options.teacher_endpoint else None
     roll = partial(rollout_by, teacher) if teacher else rollout
     bar = tqdm(range(first, options.steps), desc="train", unit="step", dynamic_ncols=True)
@@ -852,16 +856,15 @@ def train(
         chosen = random.Random(f"tasks {options.seed} {step}").sample(tasks, min(options.tasks_per_step, len(tasks)))
         episodes = [executor(jail, task) for task in chosen for _ in range(options.rollouts)]
         generator = seeded(policy.device, options.seed, "train", step)
-        trajectories = roll(policy, episodes, generator, **rollout_limits(options))
-        rewards = torch.tensor([t.reward for t in trajectories]).view(len(chosen), options.rollouts)  # [tasks, K]
-        rewards = torch.where(rewards.isnan(), rewards.nanmean(1, keepdim=True).nan_to_num(), rewards)  # what does not count has A = 0
-        advantage = (torch.ones_like(rewards) if teacher else advantages(rewards, options.baseline)).flatten()  # [tasks * K]
+        trajectories = roll(policy, episodes, generator, **limits)
+        rewards = torch.tensor([t.reward for t in trajectories]).view(len(chosen), options.rollouts)  # [tasks, K]; NaN does not count
+        advantage = ((~rewards.isnan()).float() if teacher else advantages(rewards, options.baseline)).flatten()  # [tasks * K]
         figures = reinforce_step(
             policy, optimizer, trajectories, advantage, micro_batch_tokens=options.micro_batch_tokens,
             importance_cap=None if teacher else options.importance_cap)
         if teacher:
             del figures["mismatch_kl"]  # the policy has not sampled these
-        reward, signal = rewards.mean().item(), signal_share(rewards)
+        reward, signal = rewards.nanmean().nan_to_num(0.0).item(), signal_share(rewards)
         speed = sum(map(sum, (t.mask for t in trajectories))) / (time.monotonic() - started)
         bar.set_postfix(reward=f"{reward:.2f}", signal=f"{signal:.2f}", tokens_per_s=f"{speed:.0f}")
         metrics = {"step": step, "reward": reward, "signal": signal, **figures}
@@ -898,6 +901,15 @@ def record(phase: str, step: int | None, episode: Episode, trajectory: Trajector
     }
 
 
+def read_tasks(path: Path) -> Iterator[CodeAsTask]:
+    """Yield the tasks of a file; raises PolicyError that names the line if one cannot be read."""
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            yield CodeAsTask.from_json(line)
+        except TaskError as error:
+            raise PolicyError(f"line {number} of {path} is no task: {error}") from error
+
+
 def append_lines(path: Path, records: list[dict]) -> None:
     """Append records to a file of JSON lines."""
     with open(path, "a") as file:
@@ -905,7 +917,7 @@ def append_lines(path: Path, records: list[dict]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# will it fit? The memory of the code above, measured on one and two layers of a model's shape, and extrapolated
+# will it fit? The memory of the code above, by arithmetic on a model's shape
 
 SHAPES = {  # of models whose configuration the hub shows to registered users only
     f"meta-llama/Llama-{name}-Instruct": dict(
@@ -915,8 +927,9 @@ SHAPES = {  # of models whose configuration the hub shows to registered users on
         ("3.2-1B", 2048, 8192, 16, 32, True), ("3.2-3B", 3072, 8192, 28, 24, True),
         ("3.1-8B", 4096, 14_336, 32, 32, False), ("3.1-70B", 8192, 28_672, 80, 64, False)]
 }
-SMALL_VOCABULARY = 256  # of what is measured: the parts that grow with the vocabulary are added by arithmetic
-HEAD_BYTES = 16  # for each logit of a chunk, at the height of its backward pass
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, 8 for a block of 64, 32 for 256 blocks (QLoRA, section 3)
+LAYER_BYTES = 4.8  # a token at the height of a layer's backward pass, for each input and output of its linear maps: measured
+LOGIT_BYTES = 16  # a logit of a chunk, at the height of its backward pass: measured
 KEPT_FREE = 1 / 12  # of the GPU's memory, for CUDA itself and for gaps between tensors
 RTX_3090 = 936e9, 71e12  # bytes that it reads in a second, and operations in 16 bits, by its data sheet
 
@@ -932,107 +945,42 @@ def shape_of(name: str) -> PreTrainedConfig:
         raise PolicyError(f"cannot read the configuration of {name!r}: {reason} (known without it: {', '.join(SHAPES)})") from error
 
 
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within it and still alive: `live`, and `peak`, the most there were.
+def memory_of(config: PreTrainedConfig, rank: int, tokens: int) -> dict[str, float]:
+    """Return the bytes that a model takes on a GPU, by what for, where a trajectory or an episode has so many tokens.
 
-    Views of tensors that were there before, such as a model's weights, have to be told from new ones: these are `known`.
+    weights: those of the linear layers in 4 bits, the others in 16; adapter: in 32 bits, with its gradient and Adam's two
+    moments; checkpoints: the input of each layer, kept for the backward pass; layer: one of them at the height of that
+    pass; logits: the same of one chunk; cache: an episode's keys and values; feed: a pass that fills caches, with copies
+    of keys and values for all heads, the mask as bits and as numbers, and some states. The two constants are measured, and
+    tests hold the sums against whole models: within a tenth.
     """
-
-    def __init__(self, known: Iterable[torch.Tensor] = ()):
-        super().__init__()
-        self.live, self.peak, self.storages = 0, 0, {tensor.untyped_storage()._cdata: None for tensor in known}
-
-    def __torch_dispatch__(self, function: Callable, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
-        result = function(*arguments, **(keywords or {}))
-        tree_map_only(torch.Tensor, self.count, result)
-        return result
-
-    def count(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage, unless another tensor has brought it before, until it is freed."""
-        storage = tensor.untyped_storage()
-        address, size = storage._cdata, storage.nbytes()
-        if address not in self.storages:
-            self.storages[address] = weakref.finalize(storage, self.forget, address, size)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-
-    def forget(self, address: int, size: int) -> None:
-        """A storage was freed."""
-        del self.storages[address]
-        self.live -= size
+    with torch.device("meta"):  # shapes without numbers
+        model = AutoModelForCausalLM.from_config(config)
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
+    in_4_bits = sum(module.weight.numel() for module in linear)
+    ends = sum(module.in_features + module.out_features for module in linear)
+    depth, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    token = 2 * 2 * groups * (getattr(config, "head_dim", None) or width // heads)  # of a layer's keys and values
+    return {
+        "weights": in_4_bits * NF4_BYTES + (model.num_parameters() - in_4_bits) * 2,
+        "adapter": rank * ends * 16,
+        "checkpoints": tokens * depth * width * 2,
+        "layer": tokens * ends / depth * LAYER_BYTES,
+        "logits": min(tokens, CHUNK_TOKENS) * config.vocab_size * LOGIT_BYTES,
+        "cache": tokens * depth * token,
+        "feed": max(tokens, FEED_COLUMNS) * token * (1 + heads // groups) + FEED_TOKENS * (tokens * 3 + width * 12),
+    }
 
 
-def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
-    """The tensors that a model consists of, with those that belong to its weights in 4 bits."""
-    states = [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None) is not None]
-    extra = [tensor for state in states for tensor in (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)]
-    tensors = [*model.parameters(), *model.buffers(), *extra]
-    return list({tensor.untyped_storage()._cdata: tensor for tensor in tensors}.values())  # shared ones once
+def training_bytes(memory: dict[str, float]) -> float:
+    """Return the height of a gradient step: while a layer's inputs are computed again, or before, at the logits."""
+    return memory["weights"] + memory["adapter"] + memory["checkpoints"] + max(memory["layer"], memory["logits"])
 
 
-def byte_count(tensors: Iterable[torch.Tensor]) -> int:
-    """The bytes of some tensors' storages."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-
-def small_policy(config: PreTrainedConfig, layers: int, rank: int) -> Policy:
-    """Return a policy of random weights: a shape's first `layers` layers, with a small vocabulary and no tokenizer."""
-    small = copy.deepcopy(config)
-    small.num_hidden_layers, small.vocab_size = layers, SMALL_VOCABULARY
-    small.pad_token_id = small.bos_token_id = small.eos_token_id = None
-    if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[:layers]
-    with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16).save_pretrained(folder)
-        return Policy(attach_adapter(load_base(folder, torch.bfloat16), None, rank, 0).train(), None, frozenset())
-
-
-def training_memory(policy: Policy, tokens: int) -> int:
-    """Measure the bytes that a gradient step on one trajectory of so many tokens needs, at its height, besides the weights."""
-    trajectory = Trajectory([1] * tokens, [False] + [True] * (tokens - 1), [0.0] * tokens)
-    with LiveMemory(weights_of(policy.model)) as memory:
-        reinforce_step(policy, make_optimizer(policy, 1e-4), [trajectory], torch.ones(1))
-    return memory.peak
-
-
-@torch.inference_mode()
-def cache_memory(policy: Policy) -> tuple[int, float]:
-    """Measure the bytes that the largest pass which feeds a cache needs besides weights and cache, and those of a cached token."""
-    with LiveMemory(weights_of(policy.model)) as memory:
-        cache = SlotCache(policy.model.config, 1, FEED_COLUMNS)
-        advance(policy, cache, [0], [[1] * FEED_TOKENS], [FEED_COLUMNS - FEED_TOKENS])
-        stored = byte_count(layer.store for layer in cache.layers)
-    return memory.peak - stored, stored / FEED_COLUMNS
-
-
-def memory_of(config: PreTrainedConfig, rank: int) -> Callable[[str, int], float]:
-    """Return the function that tells the bytes of `what` for a number of tokens, at the model's full depth.
-
-    weights: always; train: besides, at the height of a step on one trajectory of so many tokens; cache: of so many tokens;
-    feed: besides weights and caches, at the height of a pass that fills them, whatever the number of tokens.
-    Memory is a sum of parts of which each is in proportion to the layers, to the tokens, to both or to neither, so that
-    measurements of one and two layers determine it. Passes without a gradient keep nothing from layer to layer.
-    """
-    few = 512  # tokens: enough for checkpoints to outweigh the adapter's gradients, so that the height is where it is with many
-    policies = [small_policy(config, layers, rank) for layers in (1, 2)]
-    train = [[training_memory(policy, tokens) for policy in policies]
-             for tokens in tqdm((few, 2 * few), desc="measuring", unit="length", leave=False)]
-    feed, token = cache_memory(policies[0])
-    weights = [byte_count(weights_of(policy.model)) for policy in policies]
-    depth, width, heads = config.num_hidden_layers, config.hidden_size, 1 if config.tie_word_embeddings else 2
-
-    def of_all_layers(one: float, two: float) -> float:
-        return one + (depth - 1) * (two - one)
-
-    def memory(what: str, tokens: int) -> float:
-        if what == "weights":
-            return of_all_layers(*weights) + heads * (config.vocab_size - SMALL_VOCABULARY) * width * 2
-        if what == "train":  # at the height of a layer's backward pass, or at that of the logits, where only checkpoints are kept
-            of_few, of_twice = (of_all_layers(*sizes) for sizes in train)
-            return max(of_few + (tokens / few - 1) * (of_twice - of_few),
-                       tokens * depth * width * 2 + min(tokens, CHUNK_TOKENS) * config.vocab_size * HEAD_BYTES)
-        return depth * token * tokens if what == "cache" else feed
-    return memory
+def rollout_bytes(memory: dict[str, float], parallel: int) -> float:
+    """Return the height of rollouts with so many episodes side by side."""
+    return memory["weights"] + memory["adapter"] + memory["feed"] + parallel * memory["cache"]
 
 
 def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
@@ -1042,23 +990,22 @@ def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
     slot, half of a context being sampled; to train, a token costs 6 operations a weight (forward, forward again, and
     backward to the adapter, whose own gradient is small).
     """
-    config = shape_of(name)
+    config, room = shape_of(name), gpu_gb * 2**30 * (1 - KEPT_FREE)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-    memory, room = memory_of(config, rank), gpu_gb * 2**30 * (1 - KEPT_FREE)
-    weights, feed = memory("weights", 0), memory("feed", 0)
-    lines = [f"{name}, LoRA of rank {rank}, on {gpu_gb:g} GB, of which {room / 2**30:.1f} GiB are used; weights {weights / 2**30:.2f} GiB",
-             f"{'context':>8} {'to train one':>14} {'cache of one':>14} {'side by side':>13} {'most memory':>12} {'a step, at least':>17}"]
+    lines = [f"{name}, LoRA of rank {rank}, on {gpu_gb:g} GB, of which {room / 2**30:.1f} GiB are used",
+             f"{'context':>8} {'to train one':>14} {'most of it':>12} {'cache of one':>14} {'side by side':>13} {'a step, at least':>17}"]
     for context in CONTEXTS:
-        train, cache = weights + memory("train", context), memory("cache", context)
-        parallel = max(0, int((room - weights - feed) // cache))
+        memory = memory_of(config, rank, context)
+        train, cache = training_bytes(memory), memory["cache"]
+        parallel = max(0, int((room - rollout_bytes(memory, 0)) // cache))
         passes = episodes * context / 2 / max(parallel, 1)
-        seconds = passes * (weights + parallel * cache / 2) / RTX_3090[0] + episodes * context * 6 * parameters / RTX_3090[1]
-        most = max({"weights": weights, "training": train - weights, "caches": parallel * cache}.items(), key=lambda part: part[1])[0]
+        seconds = passes * (memory["weights"] + parallel * cache / 2) / RTX_3090[0] + episodes * context * 6 * parameters / RTX_3090[1]
+        most = max(("weights", "checkpoints", "layer", "logits"), key=memory.get)
         time = f"{seconds / 60:.1f} min" if parallel and train <= room else "does not fit"
-        lines.append(f"{context:8,} {train / 2**30:10.2f} GiB {cache / 2**30:10.2f} GiB {parallel:13,} {most:>12} {time:>17}")
+        lines.append(f"{context:8,} {train / 2**30:10.2f} GiB {most:>12} {cache / 2**30:10.2f} GiB {parallel:13,} {time:>17}")
     note = f"A step: {episodes} episodes (--tasks-per-step x --rollouts), at the speed that the data sheet of an RTX 3090 allows."
-    return "\n".join([*lines, f"Give --context and at most so many --parallel as are side by side. {note}"])
+    return "\n".join([*lines, f"Weights: {memory['weights'] / 2**30:.2f} GiB. Give --context and at most so many --parallel as are side by side. {note}"])
 
 
 @contextmanager
@@ -1133,9 +1080,9 @@ def main() -> int:
         if not options.tasks:
             raise PolicyError("give --tasks FILE to train on, or --fit MODEL to see what fits on a GPU")
         open_benchmarks(options)
-        tasks = [CodeAsTask.from_json(line) for line in options.tasks.read_text().splitlines()]
-        options.out.mkdir(parents=True)
+        tasks = list(read_tasks(options.tasks))
         policy = load_policy(options.model, rank=options.rank, seed=options.seed)
+        options.out.mkdir(parents=True)
         optimizer = make_optimizer(policy, options.learning_rate)
         with Jail(allow_weak=options.allow_weak_jail) as jail, advice_on_memory(options.model):
             print(jail.describe())

@@ -25,7 +25,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -237,7 +237,7 @@ class Challenger(Episode):
     """The challenger's episode: it explores the world of a seed, then hands in a task, and may revise it.
 
     The filter judges every submission. Its verdict, with the traceback, is simply the next observation. The
-    reward is 1 if the last submission was kept; it serves the reader, the challenger is not trained.
+    reward is 1 if the last submission passed the filter; it serves the reader, the challenger is not trained.
     """
 
     max_steps = 8  # exploring and revising together
@@ -379,8 +379,8 @@ class Run:
 
 
 def new_progress() -> dict:
-    """How far a run is that has not begun: attempts made, steps done, results and seconds of each phase."""
-    return {"challenges": 0, "steps": 0, "results": {}, "wall_s": {}}
+    """How far a run is that has not begun: attempts made, steps done, results, seconds and most memory of each phase."""
+    return {"challenges": 0, "steps": 0, "results": {}, "wall_s": {}, "memory_bytes": {}}
 
 
 def new_run(folder: Path, options: dict) -> Run:
@@ -447,14 +447,14 @@ def sort_out(episode: Challenger, known: list, held_out: HeldOut, filtered: bool
     task, judgement = episode.submissions[-1]
     if task is None:
         return {**place, "stage": "parse", "reason": judgement.reason, "text": episode.messages[-1]["content"]}
-    mentioned = words(task.instruction)
-    if held_out.leaks(task.instruction):
+    told = as_kept(task)["instruction"]
+    if held_out.leaks(f"{told} {task.instruction}"):  # the second has the numbers that the first withholds
         return {**vars(task), "stage": "held-out", "reason": "it shares its parameters with a held-out task"}
     if filtered and not judgement.ok:
         return {**vars(task), "stage": judgement.stage, "reason": judgement.reason}
-    if any(env == episode.env and near(mentioned, other) for env, other in known):
+    if any(env == episode.env and near(words(told), other) for env, other in known):
         return {**vars(task), "stage": "duplicate", "reason": "a task with nearly the same words was kept before"}
-    known.append((episode.env, mentioned))
+    known.append((episode.env, words(told)))
     return None
 
 
@@ -506,13 +506,15 @@ def measure(phase: str, suites: dict[str, list], policy: Policy, optimizer: torc
 
 @contextmanager
 def timed(run: Run, phase: str) -> Iterator[None]:
-    """Add the seconds that a phase takes to the run's account."""
+    """Add the seconds that a phase takes to the run's account, and note the most memory since the last phase, loading included."""
     started = time.monotonic()
     try:
         yield
     finally:
-        seconds = run.progress["wall_s"]
+        seconds, memory = run.progress["wall_s"], run.progress.setdefault("memory_bytes", {})  # older checkpoints lack it
         seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - started
+        memory[phase] = max(memory.get(phase, 0), peak_memory())
+        forget_peak_memory()
 
 
 def survival(run: Run, options) -> str:
@@ -537,19 +539,29 @@ def summarize_run(run: Run, options) -> dict:
         **run.progress["results"],
         "filter": filter_counts(run),
         "wall_s": {phase: round(seconds, 1) for phase, seconds in run.progress["wall_s"].items()},
-        "peak_memory_bytes": peak_memory(),
+        "memory_bytes": run.progress["memory_bytes"],
+        "peak_memory_bytes": max(run.progress["memory_bytes"].values()),
         "versions": versions(),
     }
 
 
 def peak_memory() -> int:
-    """The most memory in bytes that this process has used: on the GPU if there is one, else of the host."""
+    """The most memory in bytes that this process has used since `forget_peak_memory`: on the GPU if there is one, else of the host."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource  # here, because Windows lacks it, and the jail is to say so in a sentence
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` begin anew, where the system can: on macOS it goes on from the phase before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
 
 
 # ---------------------------------------------------------------------------------------------------

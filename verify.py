@@ -7,8 +7,8 @@ runs, the solution passes the evaluation, and no failure case does.
 Departures from the paper, and why:
 - `evaluate(answer)` replaces `<expected_output>`, so that all worlds share one format.
 - Doing nothing must fail as well: a task that asks for nothing rewards every executor.
-- Every verdict is repeated with another random seed, and `evaluate` must leave the state alone: a verdict that
-  flips, or that brings about what it looks for, is none.
+- What the filter would keep is judged once more with another random seed, and `evaluate` must leave the state alone: a
+  verdict that flips, or that brings about what it looks for, is none.
 - The paper does not say how code is isolated. Here the state stays in this process, and code runs in
   a child that can only compute and talk through one pipe: a tool call goes out as data, and its
   result comes back as data. This process alone makes verdicts of values.
@@ -194,6 +194,8 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 
 # ---------------------------------------------------------------------------------------------------
 # INSIDE THE JAIL, 1: the walls around a child
+#
+# (On a first reading this page is enough; go on at "verdicts, and the filter": session.run(code) returns an Outcome.)
 #
 # The jail on a page. Its layers, each with what it stops, and where it stands below:
 #   a process of its own      patched built-ins, frames, gc: code under test shares no memory with the verdict (fork_child)
@@ -643,7 +645,7 @@ class Session(contextlib.AbstractContextManager):
     def __init__(self, jail: Jail, environment: Environment | None, server: ForkServer):
         self.jail, self.environment, self.server = jail, environment, server
         self.channel = None  # the socket to the child, while there is one
-        self.close()
+        self.close()  # which also sets the empty past
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
@@ -888,7 +890,7 @@ def judge_many(jail: Jail, tasks: Iterable[CodeAsTask | str], workers: int = 4) 
 # the command line
 
 def read_lines(path: str) -> Iterator[str]:
-    """Yield the lines of a file, of a line that is too long only the beginning, which is too long as well."""
+    """Yield the lines of a file, of one with more than LINE_BYTES only the beginning, which is then no JSON."""
     with open(path, "rb") as file:
         while line := file.readline(LINE_BYTES + 1):
             rest = line
@@ -942,7 +944,7 @@ def main() -> int:
 
     def work() -> None:
         load_benchmarks(options.m3tooleval, options.tau_bench, options.any_version)
-        with open(options.file, "rb"), Jail(allow_weak=options.allow_weak_jail) as jail:
+        with open(options.file, "rb"), Jail(allow_weak=options.allow_weak_jail) as jail:  # no file, no jail
             print(jail.describe(), file=sys.stderr)
             for judgement in tqdm(judge_many(jail, read_lines(options.file)), unit=" tasks", disable=None):
                 print(json.dumps(asdict(judgement)), flush=True)

@@ -26,7 +26,7 @@ CARRIED = ("steps", "reward", "status", "submissions")  # what a step changes in
 def played(arguments: list[str], memory: dict, repeat: bool) -> dict:
     """Play a run, and write the outcome of each step into the memory, or repeat it from there; return its summary."""
     numbers = itertools.count()
-    make, step, with_baselines = rl.Episode.__init__, rl.Episode.step, eval.with_baselines
+    make, step, play_baselines = rl.Episode.__init__, rl.Episode.step, eval.play_baselines
 
     def numbered(episode, *rest) -> None:
         make(episode, *rest)
@@ -42,19 +42,19 @@ def played(arguments: list[str], memory: dict, repeat: bool) -> dict:
         vars(episode).update(changes)
         return reply
 
-    def baselines(results: dict, jail, tasks: list) -> dict:
+    def baselines(jail, tasks: list) -> dict:
         if not repeat:
-            memory["baselines", tasks[0].env] = with_baselines({}, jail, tasks)
-        return results | memory["baselines", tasks[0].env]
+            memory["baselines", tasks[0].env] = play_baselines(jail, tasks)
+        return memory["baselines", tasks[0].env]
 
-    rl.Episode.__init__, rl.Episode.step, eval.with_baselines = numbered, remembered, baselines
+    rl.Episode.__init__, rl.Episode.step, eval.play_baselines = numbered, remembered, baselines
     folder = Path(tempfile.mkdtemp())
     try:
         options = selfchallenge.parse_options(arguments)
         settings = {key: value for key, value in vars(options).items() if key not in ("resume", "name", "changed")}
         return selfchallenge.play_run(selfchallenge.new_run(folder / "run", settings), options)
     finally:
-        rl.Episode.__init__, rl.Episode.step, eval.with_baselines = make, step, with_baselines
+        rl.Episode.__init__, rl.Episode.step, eval.play_baselines = make, step, play_baselines
         shutil.rmtree(folder)
 
 

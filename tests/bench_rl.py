@@ -30,27 +30,26 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from eval import SUITES, load_suite  # noqa: E402
+from live_memory import LiveMemory, byte_count, weights_of  # noqa: E402
 from rl import (  # noqa: E402
     KEPT_FREE,
     Episode,
-    LiveMemory,
     Policy,
     Trajectory,
     begin,
-    byte_count,
     executor,
     load_policy,
     make_optimizer,
     memory_of,
     reinforce_step,
     rollout,
+    rollout_bytes,
     seeded,
     shape_of,
-    silence,
-    take_step,
+    take_steps,
+    training_bytes,
     turn_text,
     versions,
-    weights_of,
 )
 from verify import Jail  # noqa: E402
 
@@ -59,17 +58,13 @@ TURN_TOKENS, CONTEXT = 176, 512
 
 def turn_by_turn(generate: Callable, policy: Policy, episodes: list[Episode], generator: torch.Generator) -> list[Trajectory]:
     """Play the episodes with a function that continues all the histories it is given by one turn."""
-    trajectories = begin(policy, episodes, silence, generator)
-    running = list(range(len(episodes)))
-    while running:
-        turns = generate(policy, [trajectories[i].tokens for i in running])
-        ended = set()
-        for i, turn in zip(running, turns):
-            trajectories[i].extend(turn, True, [0.0] * len(turn))
-            if take_step(policy, episodes[i], trajectories[i], turn_text(policy, turn), CONTEXT):
-                ended.add(i)
-        running = [i for i in running if i not in ended]
-    return trajectories
+    seats = begin(policy, episodes, None, generator)  # nobody talks to a user
+    while running := [seat for seat in seats if not seat.over]:
+        for seat, turn in zip(running, generate(policy, [seat.trajectory.tokens for seat in running])):
+            seat.trajectory.extend(turn, True, [0.0] * len(turn))
+            seat.text = turn_text(policy, turn)
+        take_steps(policy, running, None, generator, CONTEXT)
+    return [seat.trajectory for seat in seats]
 
 
 def settings(policy: Policy) -> GenerationConfig:
@@ -152,7 +147,7 @@ class Talk(Episode):
 
 def measure_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
     """Print the peaks of a training step on one trajectory of `long` tokens and of rollouts up to `context` tokens."""
-    memory = memory_of(shape_of(shape), rank=8)
+    config = shape_of(shape)
     with tempfile.TemporaryDirectory() as folder:
         random_model(shape, folder)
         policy = load_policy(folder)
@@ -160,16 +155,15 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
     optimizer = make_optimizer(policy, 1e-4)
     train = lambda: reinforce_step(policy, optimizer, [trajectory], torch.ones(1))  # noqa: E731
     train()  # which makes the optimizer's state
-    report(f"train on {long:,} tokens", *peak_of(policy, train)[:2], memory("weights", 0) + memory("train", long))
-    room = gpu_gb * 2**30 * (1 - KEPT_FREE) - memory("weights", 0) - memory("feed", 0)
-    parallel = min(16, int(room // memory("cache", context)))
+    report(f"train on {long:,} tokens", *peak_of(policy, train)[:2], training_bytes(memory_of(config, 8, long)))
+    memory = memory_of(config, 8, context)
+    parallel = min(16, int((gpu_gb * 2**30 * (1 - KEPT_FREE) - rollout_bytes(memory, 0)) // memory["cache"]))
     play = lambda: rollout(policy, [Talk(context // 4) for _ in range(16)], seeded(policy.device, 0),  # noqa: E731
                            parallel=parallel, turn_tokens=256, context=context)
     peak, seconds, trajectories = peak_of(policy, play)
-    report(f"16 episodes of {context:,} tokens, {parallel} at once", peak, seconds,
-           memory("weights", 0) + memory("feed", 0) + parallel * memory("cache", context))
+    report(f"16 episodes of {context:,} tokens, {parallel} at once", peak, seconds, rollout_bytes(memory, parallel))
     sampled = sum(sum(t.mask) for t in trajectories)
-    read = sampled / parallel * (memory("weights", 0) + parallel * memory("cache", context * 3 // 4))
+    read = sampled / parallel * (memory["weights"] + parallel * memory["cache"] * 3 / 4)
     figures = reinforce_step(policy, optimizer, trajectories[:1], torch.ones(1))
     print(f"  {sampled / seconds:,.0f} tokens a second; weights and cache read at {read / seconds / 1e9:,.0f} GB a second; "
           f"mismatch_kl {figures['mismatch_kl']:.1e}; 800 tasks x 15 rollouts of {sampled // 16:,} sampled tokens: "

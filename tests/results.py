@@ -2,12 +2,14 @@
 
     python tests/results.py --seeds 0 1 2 3 4                     (the shipped model, 2 x 5 runs)
     python tests/results.py --seeds 0 1 --model OTHER --filtered  (another pretraining seed, filtered runs only)
+    python tests/results.py --keep tests/figures/runs             (... and keep of each run what tests/figures.py draws)
 
 The runs go to runs/results/; one that is finished already is not run again. Both environments count alike:
 a figure is the mean over the two suites.
 """
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 METRICS = ["pass@1", "greedy", "pass@4"]
 
 
-def summary_of(model: str, seed: int, filtered: bool) -> dict:
-    """Return the summary of a run, which is run first if it has not been."""
-    name = f"results/{Path(model).name}-seed{seed}" + ("" if filtered else "-no-filter")
-    path = Path("runs") / name / "summary.json"
-    if not path.exists():
-        options = ["--model", model, "--seed", str(seed), "--name", name] + ([] if filtered else ["--no-filter"])
+def summary_of(model: str, seed: int, filtered: bool, keep: Path | None = None) -> dict:
+    """Return the summary of a run, which is run first if it has not been; its small files are copied to a folder in `keep`."""
+    name = f"{Path(model).name}-seed{seed}" + ("" if filtered else "-no-filter")
+    folder = Path("runs") / "results" / name
+    if not (folder / "summary.json").exists():
+        options = ["--model", model, "--seed", str(seed), "--name", f"results/{name}"] + ([] if filtered else ["--no-filter"])
         subprocess.run([sys.executable, str(ROOT / "selfchallenge.py"), *options], check=True, stdout=subprocess.DEVNULL)
-    return json.loads(path.read_text())
+    if keep is not None:
+        (keep / name).mkdir(parents=True, exist_ok=True)
+        for file in ("config.json", "summary.json", "metrics.jsonl"):
+            shutil.copy(folder / file, keep / name)
+    return json.loads((folder / "summary.json").read_text())
 
 
 def mean_of_suites(summary: dict, phase: str, metric: str) -> float:
@@ -53,9 +59,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--filtered", action="store_true", help="leave the unfiltered runs out")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="copy config, summary and metrics of each run to a folder in this one")
     options = parser.parse_args()
     for filtered in [True] if options.filtered else [True, False]:
-        summaries = {seed: summary_of(options.model, seed, filtered) for seed in options.seeds}
+        summaries = {seed: summary_of(options.model, seed, filtered, options.keep) for seed in options.seeds}
         print(f"\n{options.model}, {'filtered' if filtered else 'unfiltered'} (per cent, mean of the suites, before -> after)")
         print(table(summaries), flush=True)
 

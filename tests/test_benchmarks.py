@@ -383,9 +383,17 @@ def policy():
     return rl.load_policy("tiny")
 
 
+def scripted_user(lines):
+    """Return a user who says these lines in turn, and then stops."""
+    def reply(conversations, generator) -> list[str]:
+        turns = [sum(message["role"] == "assistant" for message in conversation) for conversation in conversations]
+        return [lines[turn] if turn < len(lines) else tools.STOP for turn in turns]
+    return reply
+
+
 def test_a_rollout_with_a_scripted_user(checkouts, jail, policy):
     episodes = [conversation(jail) for _ in range(4)]
-    trajectories = rl.rollout(policy, episodes, rl.seeded("cpu", 1), user=tools.scripted_user(["Hello", "Yes", "Yes"]), turn_tokens=12, context=400)
+    trajectories = rl.rollout(policy, episodes, rl.seeded("cpu", 1), user=scripted_user(["Hello", "Yes", "Yes"]), turn_tokens=12, context=400)
     for episode, trajectory in zip(episodes, trajectories):
         assert episode.status == trajectory.status != "running"
         assert episode.messages[1]["content"] == "Customer:\nHello"
@@ -590,10 +598,10 @@ def test_an_interrupted_evaluation_goes_on(checkouts, jail, policy, tmp_path):
 
     written = []
 
-    def interrupted(line):
-        write(line)
-        written.append(line)
-        if len(written) == 7:
+    def interrupted(lines):
+        write(lines)
+        written.extend(lines)
+        if len(written) == 8:
             raise KeyboardInterrupt
 
     finished, write = evaluation.continued(path, setting)
@@ -602,11 +610,11 @@ def test_an_interrupted_evaluation_goes_on(checkouts, jail, policy, tmp_path):
     with open(path, "a") as file:
         file.write('{"half a')  # of the line that was being written
     finished, write = evaluation.continued(path, setting)
-    assert len(finished) >= 7 and finished[:7] == written[:7]
+    assert finished == written and len(finished) == 8
     played = []
-    resumed = play(finished, lambda line: (played.append(line), write(line)))
+    resumed = play(finished, lambda lines: (played.extend(lines), write(lines)))
     assert len(played) + len(finished) == len(resumed[1]) == 25
-    assert resumed == play([], lambda line: None)  # as if it had never been interrupted
+    assert resumed == play([], lambda lines: None)  # as if it had never been interrupted
     again, _ = evaluation.continued(path, setting)
     assert len(again) == 25 and play(again, lambda line: pytest.fail("played again"))[0] == resumed[0]
     with pytest.raises(ValueError, match="another evaluation"):

@@ -4,10 +4,12 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -16,9 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval as evaluation  # noqa: E402  (the module's name is also that of a builtin)
+import figures  # noqa: E402
+import results  # noqa: E402
 from verify import CodeAsTask, Jail  # noqa: E402
 
-ATTACK = """<script src="https://evil.example/x.js">alert(1)</script><img src=x onerror='alert(1)'>"'></pre>"""
+ATTACK = """<script src="https://evil.example/x.js">alert(1)</script><img src=x onerror='alert(1)'>"'></pre></details></svg>&amp;"""
 
 
 @pytest.fixture(scope="module")
@@ -164,18 +168,20 @@ def made_up_run(folder: Path, text: str) -> Path:
     numbers = evaluation.summarize(REWARDS, GREEDY) | {"nothing": 0.0, "reference": 1.0}
     code = {"env": text, "seed": 3, "instruction": text, "evaluate": text, "solution": text, "failures": [text] * 3}
     trajectory = {"step": None, "env": text, "seed": 3, "instruction": text, "status": text, "greedy": True,
-                  "messages": [{"role": text, "content": text}]}
+                  "messages": [{"role": text, "content": text},
+                               {"role": "assistant", "content": f"ACTION:\ncall({text!r})\nEND ACTION"}]}
     files = {
         "config.json": {"model": text, "seed": text, text: text},
         "summary.json": {"model": text, "seed": 0, "before": {text: numbers, "shop": numbers}, "after": {text: numbers},
                          "filter": {text: 3, "runs": 2, "ok": 2}, "wall_s": {text: 1.5, "train": 100.25},
-                         "peak_memory_bytes": 2**30, "versions": {text: text}},
+                         "memory_bytes": {text: 2**29, "train": 2**30}, "peak_memory_bytes": 2**30, "versions": {text: text}},
         "tasks.jsonl": [code] * 9,
         "rejected.jsonl": [{**code, "stage": text, "reason": text}, {"stage": "parse", "reason": text, "text": text}],
-        "metrics.jsonl": [{"step": step, "reward": step / 4, "signal": 0.5, "loss": -1e-7} for step in range(4)],
+        "metrics.jsonl": [{"step": text, "reward": step / 4, "signal": 0.5, "loss": text, text: text} for step in range(4)],
         "trajectories.jsonl": [{**trajectory, "phase": phase, "reward": reward}
                                for phase, reward in [("challenge", 1.0), ("before", 0.0), ("after", 1.0), (text, 0.0)]],
     }
+    folder.mkdir(exist_ok=True)
     for name, content in files.items():
         lines = content if isinstance(content, list) else [content]
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -188,16 +194,20 @@ ELEMENTS = {"html", "meta", "title", "style", "section", "h1", "h2", "h3", "h4",
 
 
 class Page(HTMLParser):
-    """The elements, attributes and visible text of a page."""
+    """The elements, attributes and visible text of a page, and its structure: where every element begins and ends."""
 
     def __init__(self, path: Path):
         super().__init__()
-        self.elements, self.attributes, self.text = [], [], ""
+        self.elements, self.attributes, self.structure, self.text = [], [], [], ""
         self.feed(path.read_text())
 
     def handle_starttag(self, tag, attributes):
         self.elements.append(tag)
         self.attributes += attributes
+        self.structure.append((tag, [name for name, _ in attributes]))
+
+    def handle_endtag(self, tag):
+        self.structure.append(tag)
 
     def handle_data(self, data):
         self.text += data
@@ -211,6 +221,21 @@ def test_report_shows_a_models_html_as_text(tmp_path):
     assert ATTACK[:20] not in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize("runs", [1, 3])
+def test_no_text_changes_the_structure_of_the_page(tmp_path, runs):
+    """Every string of every file, keys included, and the folder's name are hostile; the elements are those of harmless words."""
+    pages = []
+    for text in ("words", ATTACK):
+        folders = [made_up_run(tmp_path / f"{text[:8]}{number}", text) for number in range(runs)]
+        config = folders[-1] / "config.json"
+        config.write_text(json.dumps({text: text, "env": [text], "other": {text: text}}))  # a group of its own, if there are several
+        pages.append(Page(evaluation.write_report(*folders)))
+    harmless, hostile = pages
+    assert hostile.structure == harmless.structure
+    spoken = {value for name, value in hostile.attributes if name == "aria-label"}
+    assert len(spoken) >= 2 and any(ATTACK in text for text in spoken)
+
+
 def test_report_loads_nothing_from_a_network(tmp_path):
     html = evaluation.write_report(made_up_run(tmp_path, "harmless")).read_text()
     assert not [word for word in ("http://", "https://", "//", "url(", "@import", "<script", "src=") if word in html]
@@ -221,6 +246,8 @@ def test_report_is_well_formed_and_has_every_section(tmp_path):
     for heading in ("Held-out tasks", "The filter", "Learning curve", "Tasks that were kept", "Transcripts", "Time"):
         assert heading in page.text
     assert page.text.count("words, seed 3") == 6  # six of the nine tasks are shown
+    assert "✓ reward 1" in page.text and "✗ reward 0" in page.text and "tools: call" in page.text
+    assert "100.2 s" in page.text and "0.50 GiB" in page.text
     assert "before: words" in page.text and "after: words" in page.text
     assert "50.0 ± 22.8" in page.text
 
@@ -274,6 +301,158 @@ def test_report_survives_random_text(tmp_path):
     text = "".join(generator.choice(alphabet) for _ in range(300))
     page = Page(evaluation.write_report(made_up_run(tmp_path, text)))
     assert set(page.elements) <= ELEMENTS
+
+
+def test_the_tools_that_an_episode_called():
+    def said(action, role="assistant"):
+        return {"role": role, "content": f"THOUGHT: I call think() END THOUGHT\nACTION:\n{action}\nEND ACTION"}
+
+    messages = [said('x = amount("rope")\nprint(add(amount("tea"), len(str(x))))'), said("view()", "user"),
+                said("def own(): pass\nx.join(y)"),
+                {"role": "assistant", "content": "unread() END ACTION"}, {"role": "assistant", "content": "ANSWER: late(1) END ANSWER"}]
+    assert evaluation.tools_called(messages) == "amount × 2, add"
+    assert evaluation.tools_called([{}, {"content": None, "role": 3}]) == ""
+
+
+# ---------------------------------------------------------------------------------------------------
+# several runs
+
+def small_run(folder: Path, config: dict, before: float | None = None, after: float | None = None, rewards: list[float] = []) -> Path:
+    """Write the three files that a comparison reads; without results, it is a run that has not finished."""
+    folder.mkdir()
+    results = {when: {"shop": {"pass@1": share, "n": 44}} for when, share in [("before", before), ("after", after)] if share is not None}
+    summary = results and {**results, "filter": {"runs": 30, "ok": 10}, "wall_s": {"train": 60.0}, "peak_memory_bytes": 2**30}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "reward": r}) + "\n" for step, r in enumerate(rewards)))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three seeds with the filter, two without it, of which one is older and lacks an option, and one that has not finished."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    return [
+        small_run(folder / "a", {"seed": 0, "filter": True, "cap": None}, 0.1, 0.5, [0.0, 0.5, 1.0]),
+        small_run(folder / "b", {"seed": 1, "filter": True, "cap": None}, 0.2, 0.7, [0.5, 0.5]),
+        small_run(folder / "c", {"seed": 2, "filter": True, "cap": None}, 0.3, 0.6, [0.25, 0.5, 0.0]),
+        small_run(folder / "d", {"seed": 0, "filter": False, "cap": None}, 0.1, 0.4),
+        small_run(folder / "e", {"seed": 1, "filter": False}, 0.2, 0.5),
+        small_run(folder / "f", {"seed": 2, "filter": False, "cap": None}, rewards=[0.5]),
+    ]
+
+
+def test_runs_are_grouped_by_the_options_in_which_they_differ(runs):
+    read = [evaluation.read_run(run, evaluation.SMALL_FILES) for run in runs]
+    groups = evaluation.grouped(read)
+    assert {label: [Path(run["path"]).name for run in members] for label, members in groups.items()} == {
+        "filter = True": ["a", "b", "c"], "filter = False": ["d", "e", "f"]}
+    assert list(evaluation.grouped(read[:3])) == ["all runs"]
+    read[1]["config"]["cap"] = 2
+    assert list(evaluation.grouped(read[:3])) == ["cap = None", "cap = 2"]
+    read[0]["config"] = {}
+    assert list(evaluation.grouped(read[:3])) == ["without config.json", "cap = 2", "cap = None"]
+
+
+def test_means_over_runs_by_hand():
+    numbers = evaluation.mean_of([{"pass@1": 0.1, "greedy": 0.5, "pass@1_se": 9}, {"pass@1": 0.2}, {"pass@1": 0.3}])
+    assert numbers == pytest.approx({"pass@1": 0.2, "pass@1_se": 0.1 / math.sqrt(3), "greedy": 0.5})  # one value has no error
+    assert evaluation.mean_of([]) == {}
+
+
+def test_mean_curve_by_hand():
+    curves = [{"metrics": [{"reward": reward} for reward in rewards]} for rewards in ([0.0, 0.5, 1.0], [0.5, 0.5], [])]
+    rewards, means, errors = evaluation.reward_curves(curves)
+    assert (rewards, means, errors) == ([[0.0, 0.5, 1.0], [0.5, 0.5]], [0.25, 0.5], [0.25, 0.0])
+    assert evaluation.reward_curves([]) == ([], [], [])
+
+
+def test_the_comparison_by_hand(runs):
+    """Of 50, 70, 60 the mean is 60 and the error 10 / sqrt 3; of 40 and 50 they are 45 and 5."""
+    html = evaluation.write_report(*runs).read_text()
+    rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", html)]
+    for row in [["filter = True", "before", "20.0 ± 5.8"], ["filter = True", "after", "60.0 ± 5.8"],
+                ["filter = False", "before", "15.0 ± 5.0"], ["filter = False", "after", "45.0 ± 5.0"]]:
+        assert [row for _ in "."] == [found[1:4] for found in rows if found[:3] == ["shop", *row[:2]]]
+    assert [str(runs[5]), "2", "filter = False", "not finished"] in rows
+    assert [html.count(f"<polyline class='{classes}'") for classes in ("c0 thin", "c0 thick", "c1 thin", "c1 thick")] == [3, 1, 1, 1]
+    assert "<h2>Transcripts" in html and (runs[0] / "report.html").exists() and not (runs[1] / "report.html").exists()
+
+
+def test_a_comparison_with_any_one_file_missing(runs):
+    for name in evaluation.SMALL_FILES:
+        (runs[1] / name).rename(runs[1] / "away")
+        assert "<h2>Comparison" in evaluation.write_report(*runs).read_text()
+        assert "<h2>Comparison" in evaluation.write_report(*runs[1::-1]).read_text()
+        (runs[1] / "away").rename(runs[1] / name)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("config.json", '{"seed": 0'), ("config.json", "[1]"),
+    ("summary.json", "[" * 10**5), ("summary.json", "\0\1"), ("summary.json", '{"before": 5}'),
+    ("summary.json", '{"before": {"shop": {"pass@1": "x"}}}'), ("summary.json", '{"wall_s": [1]}'),
+    ("summary.json", '{"peak_memory_bytes": null}'), ("summary.json", '{"filter": {"parse": "many"}}'),
+    ("metrics.jsonl", "7\n"), ("metrics.jsonl", '{"reward": null}\n'),
+])
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_damaged_file_gets_one_sentence(runs, name, content, position, monkeypatch, capsys):
+    (runs[position] / name).write_text(content)
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--report", str(runs[0]), str(runs[1])])
+    status = evaluation.main()
+    complaint = capsys.readouterr().err
+    if status == 0:
+        assert position == 1 and complaint == ""  # where a comparison does not look
+    else:
+        assert (status, complaint.count("\n")) == (2, 1) and "damaged" in complaint
+
+
+def test_empty_files_are_a_run_that_has_not_begun(tmp_path):
+    for name in evaluation.RUN_FILES:
+        (tmp_path / name).write_text("")
+    assert "not finished" in evaluation.write_report(tmp_path).read_text()
+
+
+def test_the_pictures_by_hand(runs, tmp_path):
+    learning, shares, funnel = [ElementTree.parse(path).getroot() for path in figures.draw(runs[0].parent, tmp_path)]
+    for picture, words in [(learning, ["filtered", "not filtered (--no-filter)", "step 1"]),
+                           (shares, ["60", "20", "45", "15", "Pass@1 (sampled)"]),
+                           (funnel, ["attempts", "120", "all its code runs", "30 (25%)"])]:
+        text = list(picture.itertext())
+        assert set(words) <= set(text) and "prefers-color-scheme: dark" in text[1]
+    assert [len(learning.findall(f"{{*}}{tag}")) for tag in ("polygon", "polyline")] == [2, 2]
+
+
+def test_the_pictures_show_hostile_options_as_text(tmp_path):
+    shapes = []
+    for text in ("words", ATTACK):
+        folder = tmp_path / text[:2].strip("<")
+        folder.mkdir()
+        for number, option in enumerate([text, "another"]):
+            small_run(folder / f"{number}", {"seed": text, text: option}, 0.5, 0.5, [0.5])
+        pictures = [ElementTree.parse(path).getroot() for path in figures.draw(folder, tmp_path)]
+        shapes.append([element.tag for picture in pictures for element in picture.iter()])
+    assert shapes[0] == shapes[1] and any(ATTACK in text for text in pictures[0].itertext())
+
+
+@pytest.mark.skipif(not (figures.FOLDER / "runs").exists(), reason="no runs have been kept")
+def test_the_committed_pictures_are_those_of_the_committed_runs(tmp_path):
+    for path in figures.draw(figures.FOLDER / "runs", tmp_path):
+        assert path.read_text() == (figures.FOLDER / path.name).read_text(), "draw them again with python tests/figures.py"
+
+
+def test_no_runs_no_pictures(tmp_path):
+    with pytest.raises(ValueError, match="there are no runs in"):
+        figures.draw(tmp_path, tmp_path)
+
+
+def test_what_is_kept_of_a_run_is_what_the_pictures_need(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "results").mkdir()
+    runs[0].rename(tmp_path / "runs" / "results" / "tiny-seed0")  # where it is taken for finished
+    assert results.summary_of("tiny", 0, True, tmp_path / "kept")["filter"]["ok"] == 10
+    assert {path.name for path in (tmp_path / "kept" / "tiny-seed0").iterdir()} == set(evaluation.SMALL_FILES)
+    assert len(figures.draw(tmp_path / "kept", tmp_path)) == 3
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, Qwen2Config
 
 import rl
+from live_memory import LiveMemory, filling_peak, random_policy, training_peak
 from rl import (
     Episode,
     Executor,
@@ -76,6 +77,15 @@ def test_leave_one_out_by_hand():
 def test_leave_one_out_is_the_scaled_deviation_from_the_mean():
     rewards = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(advantages(rewards), 8 / 7 * (rewards - rewards.mean(1, keepdim=True)))
+
+
+def test_what_does_not_count_has_no_advantage_and_enters_no_baseline():
+    nan = math.nan
+    rewards = torch.tensor([[1.0, 0.0, nan, 1.0], [nan, nan, nan, nan], [nan, 1.0, nan, nan]])
+    expected = torch.tensor([[0.5, -1.0, 0.0, 0.5], [0.0] * 4, [0.0] * 4])  # who is alone has no baseline
+    torch.testing.assert_close(advantages(rewards), expected)
+    torch.testing.assert_close(advantages(rewards, "none"), torch.tensor([[1.0, 0, 0, 1], [0.0] * 4, [0, 1.0, 0, 0]]))
+    assert rl.signal_share(rewards) == pytest.approx(1 / 3)
 
 
 def test_advantages_do_not_see_a_shift_and_follow_a_permutation():
@@ -581,7 +591,7 @@ def test_the_built_in_shapes_have_the_published_numbers_of_weights(name, paramet
 
 
 def test_live_memory_counts_each_storage_once_while_it_lives():
-    with rl.LiveMemory() as memory:
+    with LiveMemory() as memory:
         one = torch.zeros(1000)
         view, two = one[:10], torch.zeros(500)
         assert (memory.live, memory.peak) == (6000, 6000)
@@ -590,35 +600,35 @@ def test_live_memory_counts_each_storage_once_while_it_lives():
         del view
         assert memory.live == 0
     weight = torch.zeros(1000)
-    with rl.LiveMemory([weight]) as memory:
+    with LiveMemory([weight]) as memory:
         view = weight[:10]
         assert memory.live == 0 and view is not None
 
 
 SMALL_SHAPES = {
     "wide": LlamaConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2, vocab_size=256),
-    "deep": LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=16, num_attention_heads=4, num_key_value_heads=4, vocab_size=256),
+    "deep": LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=4, vocab_size=256),
     "Qwen-like": Qwen2Config(hidden_size=192, intermediate_size=512, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=2, vocab_size=256),
+    "wordy": LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=60_000),
 }
 
 
 @pytest.mark.parametrize("config", SMALL_SHAPES.values(), ids=SMALL_SHAPES)
 def test_memory_is_predicted_within_a_tenth_of_what_the_whole_model_needs(config):
-    predicted, tokens = rl.memory_of(config, rank=8), 1500
-    policy = rl.small_policy(config, config.num_hidden_layers, rank=8)
-    feed, token = rl.cache_memory(policy)
-    measured = {"weights": rl.byte_count(rl.weights_of(policy.model)), "train": rl.training_memory(policy, tokens),
-                "feed": feed, "cache": tokens * token}
-    for what, size in measured.items():
-        assert predicted(what, tokens) == pytest.approx(size, rel=0.1), what
+    policy = random_policy(config)
+    for tokens in (1000, 2500):
+        assert rl.training_bytes(rl.memory_of(config, 8, tokens)) == pytest.approx(training_peak(policy, tokens), rel=0.1)
+    memory = rl.memory_of(config, 8, 1500)
+    assert rl.rollout_bytes(memory, 48) == pytest.approx(filling_peak(policy, 48, 1500), rel=0.1)
+    assert filling_peak(policy, 7, 1500) < 1.1 * rl.rollout_bytes(memory, 7)  # where the cache is small beside the pass that fills it
 
 
 def test_the_bytes_of_a_logit_are_as_measured():
     head = torch.nn.Linear(16, 5000, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     states, tokens = torch.zeros(rl.CHUNK_TOKENS, 16, dtype=torch.bfloat16, requires_grad=True), torch.zeros(rl.CHUNK_TOKENS, dtype=torch.long)
-    with rl.LiveMemory([head.weight, states]) as memory:
+    with LiveMemory([head.weight, states]) as memory:
         rl.token_logprobs(head, states, tokens, 1.0).sum().backward()
-    assert memory.peak / (rl.CHUNK_TOKENS * 5000) == pytest.approx(rl.HEAD_BYTES, rel=0.02)
+    assert memory.peak / (rl.CHUNK_TOKENS * 5000) == pytest.approx(rl.LOGIT_BYTES, rel=0.02)
 
 
 def test_fit_says_what_fits_or_that_nothing_does(capsys, monkeypatch):

@@ -201,6 +201,8 @@ def test_a_run_leaves_what_the_contract_names(whole):
     }
     summary = json.loads((whole / "summary.json").read_text())
     assert set(summary) >= {"model", "seed", "before", "after", "filter", "wall_s", "peak_memory_bytes", "versions"}
+    assert set(summary["memory_bytes"]) == set(summary["wall_s"]) == {"before", "challenge", "train", "after"}
+    assert summary["peak_memory_bytes"] == max(summary["memory_bytes"].values()) > min(summary["memory_bytes"].values()) > 10**8
     for phase in ("before", "after"):
         assert set(summary[phase]) == {"shop"} and set(summary[phase]["shop"]) >= {"pass@1", "greedy", "n"}
     kept = (whole / "tasks.jsonl").read_text().splitlines()

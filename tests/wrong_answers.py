@@ -74,7 +74,7 @@ WRONG = {
         "doubled": altered("advantages", ("rewards - others", "2 * (rewards - others)")),
         "zero": "return torch.zeros_like(rewards)",
         "the wrong sign": altered("advantages", ("rewards - others", "others - rewards")),
-        "divided by K": altered("advantages", ("(rollouts - 1)", "rollouts")),
+        "divided by K": altered("advantages", ("(count - 1)", "count")),
         "without a baseline": "return rewards.clone()",
     },
     "signal_share": {
