@@ -467,7 +467,7 @@ def bar_chart(series: list[tuple[str, dict]], metrics: dict[str, str] = METRICS)
 
 def line_chart(lines: list[tuple[str, list[float]]], bands: Iterable[tuple[str, list[float], list[float]]] = ()) -> str:
     """Draw shares from 0 to 1 over the steps: lines (classes, values), over bands (classes, values, errors to either side)."""
-    steps = max(len(values) for _, values in lines)
+    steps = max((len(values) for _, values in lines), default=1)
     drawing = "".join(f"<path class='axis' d='M40 {y}H344'/><text x='18' y='{y + 4}'>{text}</text>"
                       for y, text in [(25, "100%"), (92.5, "50%"), (160, "0%")])
     drawing += f"<text x='58' y='178'>step 0</text><text x='322' y='178'>step {steps - 1}</text>"
@@ -608,7 +608,8 @@ def transcripts_section(trajectories: list[dict]) -> str:
 def transcript(t: dict) -> str:
     """One episode."""
     messages, reward = t.get("messages") or [], t.get("reward")
-    mark = f"<b class={'won' if reward else 'lost'}>{'✓' if reward else '✗'} reward {shown(reward)}</b> "
+    verdict = "no reward" if reward is None else f"{'✓' if reward else '✗'} reward {shown(reward)}"  # None does not count
+    mark = f"<b class={'won' if reward else 'lost'}>{verdict}</b> "
     quiet = f"{t.get('env')}, {t.get('status')}{', greedy' if t.get('greedy') else ''}; tools: {tools_called(messages) or 'none'}"
     parts = (titled(message.get("role"), message.get("content")) for message in messages)
     return folded(f"{t.get('phase')}: {t.get('instruction')}", quiet, *parts, mark=mark)

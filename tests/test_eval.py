@@ -441,6 +441,11 @@ def test_the_committed_pictures_are_those_of_the_committed_runs(tmp_path):
         assert path.read_text() == (figures.FOLDER / path.name).read_text(), "draw them again with python tests/figures.py"
 
 
+def test_pictures_of_a_run_that_has_not_begun(tmp_path):
+    small_run(tmp_path / "a", {"seed": 0})
+    assert "step 0" in figures.draw(tmp_path, tmp_path)[0].read_text()
+
+
 def test_no_runs_no_pictures(tmp_path):
     with pytest.raises(ValueError, match="there are no runs in"):
         figures.draw(tmp_path, tmp_path)

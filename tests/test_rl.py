@@ -419,6 +419,35 @@ def test_greedy_turns_depend_neither_on_the_slots_nor_on_who_shares_a_prompt(pol
             torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(same.logprobs), atol=1e-4, rtol=1e-4)
 
 
+def test_a_long_prompt_goes_in_pieces_and_no_pass_is_larger_than_it_may_be(policy, jail, monkeypatch):
+    tasks, limits = [dataclasses.replace(TASK, seed=seed) for seed in (3, 4, 5)], {"temperature": 0, "parallel": 3, "turn_tokens": 60}
+    whole = rollout(policy, [Executor(jail, task) for task in tasks], seeded("cpu", 1), **limits)
+    passes, advance = [], rl.advance
+
+    def counted(policy, cache, slots, tokens, starts):
+        width = max(map(len, tokens))
+        if width > 1:
+            passes.append((len(tokens), width, max(starts) + width))
+        return advance(policy, cache, slots, tokens, starts)
+
+    monkeypatch.setattr(rl, "advance", counted)
+    monkeypatch.setattr(rl, "FEED_TOKENS", 8)
+    monkeypatch.setattr(rl, "FEED_COLUMNS", 64)
+    pieces = rollout(policy, [Executor(jail, task) for task in tasks], seeded("cpu", 1), **limits)
+    assert [t.tokens for t in pieces] == [t.tokens for t in whole]
+    assert len(passes) > 3 and all(rows * width <= 8 and (rows == 1 or rows * columns <= 64) for rows, width, columns in passes)
+
+
+def test_no_trajectory_is_longer_than_the_context_and_a_full_cache_changes_nothing(policy, jail):
+    tasks = [dataclasses.replace(TASK, seed=seed) for seed in (3, 4, 5, 6)]
+    longest = max(len(prompt_tokens(policy.tokenizer, Executor(jail, task).messages)) for task in tasks)
+    for context in (longest + 1, longest + 20, longest + 45):
+        alone, together = [rollout(policy, [Executor(jail, task) for task in tasks], seeded("cpu", 1), temperature=0, parallel=parallel,
+                                   turn_tokens=60, context=context) for parallel in (1, 4)]
+        assert [t.tokens for t in alone] == [t.tokens for t in together]
+        assert all(len(t.tokens) <= context for t in alone)
+
+
 def test_a_prompt_that_rollouts_share_is_computed_once(policy, jail, monkeypatch):
     fed, advance = [], rl.advance
 

@@ -1,6 +1,7 @@
 """The loop: the challenger's episode, what stays unseen, an exact resume, and what a run leaves."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import selfchallenge
-from eval import SUITES, load_suite
-from selfchallenge import EXAMPLES, Challenger, HeldOut, challenger_prompt, near, parameters, render_task, sort_out, words
-from tools import CUSTOMERS, make_environment
+from eval import SUITES, evaluate_baseline, load_suite
+from selfchallenge import EXAMPLES, Challenger, HeldOut, challenger_prompt, near, parameters, parse_options, render_task, sort_out, words
+from tools import CUSTOMERS, ENVIRONMENTS, make_environment
 from verify import CodeAsTask, Jail, Judgement, judge, parse_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -341,3 +342,17 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     os.symlink("/dev/full", run / "checkpoint" / "state.partial")
     done = command("--resume", str(run), cwd=tmp_path)
     assert done.returncode == 2 and "No space left" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_readme_s_world_of_one_s_own_is_sound_and_short(jail, tmp_path, monkeypatch):
+    """The code in the README, as it stands there, gives a world, a suite that its reference solves, and a sound example."""
+    code = re.search(r'```python\n("""garden.py.*?)```', (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    assert len(code.splitlines()) <= 40
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ENVIRONMENTS, "garden", None)  # so that it is gone again afterwards
+    monkeypatch.setitem(EXAMPLES, "garden", None)
+    exec(compile(code, "garden.py", "exec"), {"__name__": "garden"})
+    assert judge(jail, EXAMPLES["garden"]).ok
+    numbers = evaluate_baseline("reference", jail, {"garden": load_suite("garden")})["garden"]
+    assert (numbers["pass@1"], numbers["nothing"], numbers["n"]) == (1, 0, 4)
+    assert parse_options(["--env", "garden"]).env == ["garden"]
