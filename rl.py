@@ -718,7 +718,8 @@ def signal_share(rewards: torch.Tensor) -> float:
 def trajectory_logprobs(policy: Policy, batch: list[Trajectory], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probabilities of the agent's tokens [rows, columns-1], 0 elsewhere, and the mask that marks them.
 
-    Column t holds log pi(token t+1 | tokens up to t) under logits / temperature, the transform that sampled.
+    Column t holds log pi(token t+1 | tokens up to t) under logits / temperature, the transform that sampled. Only the
+    agent's tokens have logits computed for them (by `token_logprobs`), because these need the most memory.
     The padding is on the right, where causal attention never sees it, and is told by the agent's mask, never by token
     id: where pad equals the end of turn, a mask by id would keep the end from being learnt.
     """

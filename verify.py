@@ -152,9 +152,9 @@ class Step:
 def parse_step(text: str) -> Step:
     """Return the step in a model's text, whose thought may be missing; raises FormatError, with REMINDER, otherwise.
 
-    `ACTION:` within the thought is not an action yet, and `ANSWER:` within an action is a part of its code. After the end of
-    the one action or answer there may be other words, but no second one. An answer may be empty, an action may not, without
-    its indentation and fence (`strip_fence`). The parts come without the white space around them.
+    `ACTION:` within the thought is not an action yet, not even if the thought never ends, and `ANSWER:` within an action is a
+    part of its code. Other words may stand before and after the one action or answer, but no second one. An answer may be
+    empty, an action may not, without its indentation and fence (`strip_fence`). No part has white space around it.
     """
     ### BEGIN SOLUTION
     thought, rest = "", text

@@ -13,10 +13,10 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,28 +46,44 @@ class Recorder:
 
 def play(root: Path, name: str) -> dict[str, str]:
     """Return {test: how it ended} of the tests of an exercise in a copy; to be called in a process that imported no script."""
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"the tests of {name} took more than {SECONDS} seconds")
-
     recorder = Recorder()
     gc.freeze()  # pytest collects garbage several times: not in what was imported before
     torch.set_num_threads(1)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.chdir(root)
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
     with contextlib.redirect_stdout(io.StringIO()):
         pytest.main([f"tests/course/test_{name}.py", "-q", "-p", "no:cacheprovider"], plugins=[recorder])
-    signal.alarm(0)
     return recorder.ends
 
 
-def in_parallel(function: Callable, jobs: Iterable[tuple]) -> list:
-    """Return function(*job) for each job, each in a new process; all begin where the slow imports are behind them."""
+def in_parallel(function: Callable[..., dict], jobs: Iterable[tuple]) -> list[dict]:
+    """Return function(*job) for each job, each in a new process, which begins where the slow imports are behind it.
+
+    A process that is ended by its own code, or takes more than SECONDS, returns {}.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "peft", "bitsandbytes", "transformers.models.llama.modeling_llama"])
-    with context.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
-        return pool.starmap(function, jobs, chunksize=1)
+    context.set_forkserver_preload(["torch", "transformers", "peft", "transformers.models.llama.modeling_llama"])
+
+    def play_one(job: tuple) -> dict:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=reply, args=(sender, function, job))
+        process.start()
+        sender.close()
+        try:
+            return receiver.recv() if receiver.poll(SECONDS) else {}
+        except EOFError:
+            return {}
+        finally:
+            process.kill()
+            process.join()
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(play_one, jobs))
+
+
+def reply(sender: Any, function: Callable, job: tuple) -> None:
+    """Send what a function returns through a pipe."""
+    sender.send(function(*job))
 
 
 def play_student(folder: Path, name: str) -> dict[str, str]:

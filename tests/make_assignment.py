@@ -91,7 +91,7 @@ def scripts_with(answers: dict[str, str], root: Path = ROOT) -> dict[str, str]:
 def shipped_files(root: Path = ROOT) -> list[str]:
     """Return the paths of the files that a student gets, below the root."""
     paths = [path for name in SHIPPED for path in [root / name, *sorted((root / name).rglob("*"))] if path.is_file()]
-    names = [path.relative_to(root).as_posix() for path in paths if "__pycache__" not in path.parts]
+    names = [path.relative_to(root).as_posix() for path in paths if not {"__pycache__", ".pytest_cache"} & {*path.parts}]
     return [name for name in names if name not in WITHHELD]
 
 

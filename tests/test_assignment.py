@@ -128,7 +128,7 @@ def test_no_line_of_a_solution_is_left(copy):
             left, solved = (text.split("\n") for text in (everything[copy / exercise.script], (ROOT / exercise.script).read_text()))
             assert sum(line == other.strip() for other in left) < sum(line == other.strip() for other in solved), line
             assert len(line) < TELLING or not [path for path, text in everything.items() if line in text], line
-    assert not [path for path, text in everything.items() if BEGIN in text or END in text]
+    assert not [script for script in SCRIPTS if BEGIN in everything[copy / script] or END in everything[copy / script]]
 
 
 def test_what_is_the_teacher_s_stays_with_the_teacher(copy):
@@ -194,16 +194,16 @@ def test_every_exercise_has_at_least_three_wrong_answers():
 
 
 def test_a_copy_is_graded_by_the_teacher_s_tests(copy, tmp_path, monkeypatch, capsys):
-    """Two exercises are solved, one wrongly, and the student's own tests have been emptied."""
+    """Two exercises are solved, one is wrong, one ends the process; and the student's own tests have been deleted."""
     folder = tmp_path / "ada"
     shutil.copytree(copy, folder)
-    answers = {name: EXERCISES[name].solution for name in ("parse_step", "pass_at_k")} | {"signal_share": "    return 0.5"}
+    answers = {name: EXERCISES[name].solution for name in ("parse_step", "pass_at_k")}
+    answers |= {"signal_share": "    return 0.5", "advantages": "    os._exit(0)"}
     for script, text in scripts_with(answers).items():
         (folder / script).write_text(text)
     shutil.rmtree(folder / "tests")
     monkeypatch.setattr(sys, "argv", ["grade.py", str(folder)])
     assert grade_main() == 0
     lines = capsys.readouterr().out.splitlines()
-    full = {line.split()[0] for line in lines[1:-1] if line.split()[1] != "0"}
-    assert full == {"pass_at_k", "parse_step"}
-    assert lines[-1].split()[:3] == ["in", "all", str(points()["pass_at_k"] + points()["parse_step"])]
+    assert {line.split()[0] for line in lines[1:-1] if line.split()[1] != "0"} == {"parse_step", "pass_at_k"}
+    assert lines[-1].split()[:3] == ["in", "all", str(points()["parse_step"] + points()["pass_at_k"])]

@@ -75,7 +75,9 @@ WRONG = {
         "zero": "return torch.zeros_like(rewards)",
         "the wrong sign": altered("advantages", ("rewards - others", "others - rewards")),
         "divided by K": altered("advantages", ("(count - 1)", "count")),
-        "without a baseline": "return rewards.clone()",
+        "without a baseline": "return rewards.nan_to_num(0.0)",
+        "what does not count is a failure": "rewards = rewards.nan_to_num(0.0)\n" + SOLUTIONS["advantages"],
+        "what does not count spoils its group": "return rewards - (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)",
     },
     "signal_share": {
         "any success is signal": "return (rewards > 0).any(1).float().mean().item()",
@@ -83,6 +85,7 @@ WRONG = {
         "the first against the last rollout": "return (rewards[:, 0] != rewards[:, -1]).float().mean().item()",
         "of the rollouts, not of the tasks": "return (rewards != rewards.mean(1, keepdim=True)).float().mean().item()",
         "tasks without signal": "return (rewards == rewards[:, :1]).all(1).float().mean().item()",
+        "what does not count is signal": "return (rewards != rewards[:, :1]).any(1).float().mean().item()",
         "a number of tasks": "return float((rewards != rewards[:, :1]).any(1).sum())",
     },
     "trajectory_logprobs": {

@@ -40,6 +40,12 @@ def test_a_group_of_equal_rewards_carries_no_signal_and_others_do():
     assert found[:2].abs().max() == 0 and found[2].abs().min() > 0
 
 
+def test_a_rollout_that_does_not_count_has_no_advantage_and_enters_no_baseline():
+    nan = math.nan
+    found = advantages(torch.tensor([[1.0, nan, 0.0, 0.0], [1.0, nan, 1.0, nan], [1.0, nan, nan, nan], [nan, nan, nan, nan]]))
+    torch.testing.assert_close(found, torch.tensor([[1.0, 0.0, -0.5, -0.5], [0.0] * 4, [0.0] * 4, [0.0] * 4]))
+
+
 def test_the_gradient_has_no_bias():
     """Over all outcomes of three draws from two actions, the expected gradient is the true one, whatever is added to the rewards."""
     p, reward = 0.3, [6.0, 5.0]

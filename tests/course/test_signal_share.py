@@ -1,4 +1,6 @@
 """signal_share: how many tasks teach anything."""
+import math
+
 import pytest
 import torch
 
@@ -10,9 +12,10 @@ from rl import signal_share
     ([[1, 1], [0, 0]], 0),
     ([[0, 0, 0, 0, 0, 0, 0, 1]], 1),
     ([[1, 0, 1], [1, 1, 1], [0, 0, 0]], 1 / 3),  # the first and the last are alike
-    ([[0.5, 0.5], [0.25, 0.25]], 0),  # alike, though neither a success nor a failure
+    ([[0.5, 0.5], [0.25, 0.25]], 0),  # neither a success nor a failure
     ([[0, 0.5, 1], [0, 0, 0]], 1 / 2),  # the second one's advantage is 0, and yet the task teaches
     ([[0], [1]], 0),
+    ([[math.nan, 1, 1], [0, math.nan, 0], [0, math.nan, 1], [math.nan] * 3], 1 / 4),  # NaN does not count
 ])
 def test_by_hand(rewards, share):
     assert signal_share(torch.tensor(rewards, dtype=torch.float)) == pytest.approx(share)
