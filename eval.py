@@ -112,6 +112,10 @@ def judge_of(task: CodeAsTask | BenchmarkTask) -> Callable[..., Verdict]:
 
 # ---------------------------------------------------------------------------------------------------
 # metrics
+#
+# The example's held-out cousin, of which no part was trained on: "Take the amount of chair, add 4, then multiply by 7."
+#   before training  answers 1616, 42, 77, 65: Pass@1 0, Pass@4 0; greedy guesses 161: 0
+#   after it         answers 84, 84, 84, 58:   Pass@1 3/4, Pass@4 1, pass^4 0; greedy 84: 1
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Estimate, without bias, the chance that at least one of k trials succeeds, when c of n >= k trials did.

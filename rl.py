@@ -684,6 +684,17 @@ class SlotCache(DynamicCache):
 
 # ---------------------------------------------------------------------------------------------------
 # REINFORCE with a baseline
+#
+# The example: K = 8 rollouts of it in step 4. One that succeeds, as tokens with their mask:
+#   0  <|system|>You are the executor …<|end|><|user|>Take the amount of tea, …<|end|><|assistant|>
+#   1  THOUGHT: look it up END THOUGHT ACTION: x = amount("tea") … print(x) END ACTION<|end|>
+#   0  <|user|>Observation: 378<|end|><|assistant|>
+#   1  THOUGHT: done END THOUGHT ANSWER: 378 END ANSWER<|end|>
+# Two do that. The others guess ("I remember it": x = 7), stop half-way (42), or miscopy 378 as 3878:
+#   rewards     0 1 0 0 0 1 0 0
+#   advantages  1 - 1/7 = 0.857 for a success, 0 - 2/7 = -0.286 for a failure; their sum is 0
+#   loss        of a success: -1/128 * 0.857 * (sum of log pi over the tokens with mask 1), 128 = 16 tasks * 8 rollouts
+#   metrics     of the step: "reward": 0.125, "signal": 0.625, "loss": -0.469, "gradient_norm": 0.171, "trained_tokens": 3269
 
 def advantages(rewards: torch.Tensor, baseline: str = "leave-one-out") -> torch.Tensor:
     """Return A_i = r_i - b_i for rewards [tasks, K], K rollouts of each task, in the same shape.

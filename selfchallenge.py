@@ -233,6 +233,14 @@ def render_task(task: CodeAsTask) -> str:
     )
 
 
+# The example begins here. The challenger's episode, as trajectories.jsonl holds it:
+#   user       Start from the item tea.
+#   assistant  THOUGHT: look around END THOUGHT ACTION: print(amount("tea")) END ACTION
+#   user       Observation: 14
+#   assistant  THOUGHT: write the task END THOUGHT ANSWER: <instruction>What is the amount of tea times 6, …
+#   user       Observation: Rejected at the stage failures: failure case 1 passes the evaluation, but must fail it …
+#   assistant  THOUGHT: write the task END THOUGHT ANSWER: <instruction>Take the amount of tea, multiply by 3, …   kept
+
 class Challenger(Episode):
     """The challenger's episode: it explores the world of a seed, then hands in a task, and may revise it.
 

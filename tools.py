@@ -154,6 +154,12 @@ def check_type(what: str, value: Any, expected: type | UnionType) -> None:
 
 # ---------------------------------------------------------------------------------------------------
 # calculator: judged by the answer
+#
+# One task is followed through all five files, from the challenger to the gradient (seed 0 of the default run). Its world:
+#   world = make_environment("calculator", seed=10)
+#   world.starting_point()              'Start from the item tea.'    what the challenger is told
+#   world.call("amount", ["tea"], {})   14                            how a call arrives from the jail: as data
+#   world.call("amount", ["milk"], {})  ToolError: the ledger has no item 'milk'; items() lists them
 
 ITEMS = ["tea", "lamp", "chair", "book", "pen", "cup", "bag", "clock", "soap", "rope", "drum", "kite", "boat", "ring",
          "vase", "coat"]

@@ -757,6 +757,17 @@ class Session(contextlib.AbstractContextManager):
 
 # ---------------------------------------------------------------------------------------------------
 # verdicts, and the filter
+#
+# The example: what the challenger hands in first, and what `judge` says of it.
+#   instruction  What is the amount of tea times 6, then times 9?
+#   evaluate     def evaluate(answer): return True
+#   solution     x = amount("tea"); x = multiply(x, 3); result = multiply(x, 9)      leaves the answer 378
+#   failures     multiply(amount("tea"), 3)   multiply(amount("tea"), 9)   amount("tea")   leave 42, 126 and 14
+#   judgement    stage "failures": failure case 1 passes the evaluation, but must fail it
+# That is the challenger's next observation, upon which it mends two parts, and the task is kept:
+#   instruction  Take the amount of tea, multiply by 3, then multiply by 9.
+#   evaluate     def evaluate(answer): return answer == multiply(multiply(amount("tea"), 3), 9)
+#   judgement    378 passes; 42, 126, 14 and None (doing nothing) do not; on the other server the same: stage "ok"
 
 @dataclass
 class Verdict:

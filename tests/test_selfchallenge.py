@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import selfchallenge
 from eval import SUITES, evaluate_baseline, load_suite
+from rl import advantages
 from selfchallenge import EXAMPLES, Challenger, HeldOut, challenger_prompt, near, parameters, parse_options, render_task, sort_out, words
 from tools import CUSTOMERS, ENVIRONMENTS, make_environment
-from verify import CodeAsTask, Jail, Judgement, judge, parse_task
+from verify import CodeAsTask, Jail, Judgement, evaluate, judge, parse_task
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--env", "shop", "--challenges", "24", "--steps", "3", "--tasks-per-step", "4", "--rollouts", "4", "--parallel", "12", "--trials", "1"]
@@ -356,3 +358,24 @@ def test_the_readme_s_world_of_one_s_own_is_sound_and_short(jail, tmp_path, monk
     numbers = evaluate_baseline("reference", jail, {"garden": load_suite("garden")})["garden"]
     assert (numbers["pass@1"], numbers["nothing"], numbers["n"]) == (1, 0, 4)
     assert parse_options(["--env", "garden"]).env == ["garden"]
+
+
+def test_the_example_that_the_files_follow_is_true(jail):
+    """What the comments in the five files say of the task with seed 10."""
+    world = make_environment("calculator", 10)
+    assert world.starting_point() == "Start from the item tea." and world.call("amount", ["tea"], {}) == 14
+    solution, lenient = 'x = amount("tea"); x = multiply(x, 3); result = multiply(x, 9)', "def evaluate(answer): return True"
+    failures = [f"result = {code}" for code in ('multiply(amount("tea"), 3)', 'multiply(amount("tea"), 9)', 'amount("tea")')]
+    answers = []
+    for code in [solution, *failures]:
+        with jail.session(make_environment("calculator", 10)) as session:
+            answers.append(session.run(code, "result").value)
+    assert answers == [378, 42, 126, 14]
+    first = CodeAsTask("calculator", 10, "What is the amount of tea times 6, then times 9?", lenient, solution, failures)
+    assert judge(jail, first).reason == "failure case 1 passes the evaluation, but must fail it"
+    strict = 'def evaluate(answer): return answer == multiply(multiply(amount("tea"), 3), 9)'
+    assert judge(jail, CodeAsTask("calculator", 10, "Take the amount of tea, multiply by 3, then multiply by 9.", strict, solution, failures)).ok
+    found = advantages(torch.tensor([[0.0, 1, 0, 0, 0, 1, 0, 0]]))[0]
+    assert found[1].item() == pytest.approx(0.857, abs=5e-4) and found[0].item() == pytest.approx(-0.286, abs=5e-4)
+    cousin = next(task for task in load_suite("calculator") if task.instruction == "Take the amount of chair, add 4, then multiply by 7.")
+    assert evaluate(jail, cousin, make_environment("calculator", cousin.seed), 84).passed
