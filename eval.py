@@ -359,7 +359,7 @@ NORMAL = {  # what the learning curve's figures are, and what is normal for them
     "loss": "near 0, of either sign, is fine: REINFORCE's loss is not an error; look at the reward",
     "gradient_norm": "keeps its order of magnitude; a jump by ten hints at too high a learning rate",
     "mismatch_kl": "sampler against trainer, which are one model: near 0; above 0.01 something is wrong",
-    "trained_tokens": "sampled tokens of the tasks with signal; falls with it",
+    "trained_tokens": "sampled tokens of the tasks with signal; falls with it, and rises as episodes grow longer",
 }
 
 

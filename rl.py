@@ -118,7 +118,8 @@ def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, see
         base = load_base(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise PolicyError(f"cannot load the model {name!r}: {reason} (give a model folder or a hub name)") from error
+        raise PolicyError(f"cannot load the model {name!r}: {reason} (give a model folder or a hub name; for a gated model accept "
+                          f"its licence on the hub first, then run: hf auth login)") from error
     if tokenizer.chat_template is None:
         raise PolicyError(f"the model {name!r} has no chat template: use an instruction-tuned model")
     check_template(tokenizer)

@@ -1,8 +1,13 @@
 """The policy: hand-computed advantages and losses, the mask, the invariants of the gradient, rollouts in the real jail."""
 import contextlib
 import dataclasses
+import http.server
 import itertools
 import math
+import os
+import subprocess
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -674,6 +679,34 @@ def test_fit_of_nothing_is_one_sentence(capsys, monkeypatch, arguments, said):
     assert rl.main() == 2
     output = capsys.readouterr().err
     assert said in output and "Traceback" not in output
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub on which one model is gated, and all others are missing."""
+
+    def do_HEAD(self):
+        status, code = (403, "GatedRepo") if "gated" in self.path else (401, "RepoNotFound")
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.parametrize("model, said", [("acme/gated-model", "gated repo"), ("acme/no-model", "not a valid model identifier")])
+def test_a_gated_and_a_missing_model_are_one_sentence(tmp_path, model, said):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run([sys.executable, rl.__file__, "--tasks", os.devnull, "--model", model, "--out", str(tmp_path / "out")],
+                              capture_output=True, text=True, env=environment, timeout=120)
+        hub.shutdown()
+    assert done.returncode == 2 and said in done.stderr and "hf auth login" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_lack_of_memory_ends_in_advice():
