@@ -455,14 +455,14 @@ def sort_out(episode: Challenger, known: list, held_out: HeldOut, filtered: bool
     task, judgement = episode.submissions[-1]
     if task is None:
         return {**place, "stage": "parse", "reason": judgement.reason, "text": episode.messages[-1]["content"]}
-    told = as_kept(task)["instruction"]
-    if held_out.leaks(f"{told} {task.instruction}"):  # the second has the numbers that the first withholds
+    mentioned = words(task.instruction)
+    if held_out.leaks(f"{as_kept(task)['instruction']} {task.instruction}"):  # the second has the numbers that the first withholds
         return {**vars(task), "stage": "held-out", "reason": "it shares its parameters with a held-out task"}
     if filtered and not judgement.ok:
         return {**vars(task), "stage": judgement.stage, "reason": judgement.reason}
-    if any(env == episode.env and near(words(told), other) for env, other in known):
+    if any(env == episode.env and near(mentioned, other) for env, other in known):
         return {**vars(task), "stage": "duplicate", "reason": "a task with nearly the same words was kept before"}
-    known.append((episode.env, words(told)))
+    known.append((episode.env, mentioned))
     return None
 
 
@@ -557,9 +557,11 @@ def peak_memory() -> int:
     """The most memory in bytes that this process has used since `forget_peak_memory`: on the GPU if there is one, else of the host."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if (status := Path("/proc/self/status")).exists():  # Linux; its getrusage counts what the process was before it became Python
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     import resource  # here, because Windows lacks it, and the jail is to say so in a sentence
 
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 

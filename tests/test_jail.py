@@ -29,8 +29,9 @@ SECRET = "planted-secret"
 
 @pytest.fixture(scope="module")
 def jail():
+    others = descendants()  # that other tests have left running
     with Jail(seconds=1.0) as jail:
-        jail.replies = Forgetful()
+        jail.replies, jail.others = Forgetful(), others
         yield jail
 
 
@@ -60,9 +61,9 @@ def check_honestly(jail):
 
 
 def settled(jail):
-    """Whether the processes below this one are, an instant later at most, each server and one spare child of it."""
+    """Whether the new processes below this one are, an instant later at most, each server and one spare child of it."""
     for _ in range(100):
-        if len(descendants()) == 2 * len(jail.servers):
+        if len(descendants() - jail.others) == 2 * len(jail.servers):
             return True
         time.sleep(0.02)
     return False
