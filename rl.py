@@ -76,8 +76,8 @@ from verify import (  # noqa: E402
 transformers_logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 MAX_STEPS = 15  # the paper's limit for the executor (section 4)
-FEED_COLUMNS = 8192  # of the cache that a pass looks at which feeds it prompts and observations, over all its rows
-FEED_TOKENS = 1024  # that go through the network in such a pass
+FEED_COLUMNS = 8192  # rows x columns of the cache in a pass that fills it with prompts and observations: attention may copy them
+FEED_TOKENS = 1024  # rows x new tokens in such a pass
 CHUNK_TOKENS = 512  # whose logits exist at once in training
 CONTEXTS = (2048, 4096, 8192, 16_192)  # of which --fit speaks; the last is the paper's
 User = Callable[[list[list[dict]], torch.Generator], list[str | None]]  # from conversations to the users' next messages
@@ -611,7 +611,7 @@ def fill(policy: Policy, cache: "SlotCache", slots: list[Seat]) -> None:
     new = {slot: tokens for slot, tokens in lacking.items() if slot not in copies}
     for first in range(0, max(map(len, new.values()), default=0), FEED_TOKENS):
         pieces = [(slot, tokens[first:first + FEED_TOKENS], slots[slot].fed + first) for slot, tokens in new.items() if len(tokens) > first]
-        # a token counts for as many columns as keeps both bounds
+        # a token counts for FEED_COLUMNS / FEED_TOKENS columns, so that one bound keeps both
         sizes = [max(start + len(tokens), len(tokens) * FEED_COLUMNS // FEED_TOKENS) for _, tokens, start in pieces]
         for batch in micro_batches(sizes, FEED_COLUMNS):
             advance(policy, cache, *zip(*(pieces[number] for number in sorted(batch))))
@@ -963,7 +963,7 @@ def memory_of(config: PreTrainedConfig, rank: int, tokens: int) -> dict[str, flo
     weights: those of the linear layers in 4 bits, the others in 16; adapter: in 32 bits, with its gradient and Adam's two
     moments; checkpoints: the input of each layer, kept for the backward pass; layer: one of them at the height of that
     pass; logits: the same of one chunk; cache: an episode's keys and values; feed: a pass that fills caches, with copies
-    of keys and values for all heads, the mask as bits and as numbers, and some states. The two constants are measured, and
+    of keys and values for all heads, the mask as bytes and as numbers of 16 bits, and some states. The two constants are measured, and
     tests hold the sums against whole models: within a tenth.
     """
     with torch.device("meta"):  # shapes without numbers
