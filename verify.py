@@ -197,7 +197,10 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 #
 # (On a first reading this page is enough; go on at "verdicts, and the filter": session.run(code) returns an Outcome.)
 #
-# The jail on a page. Its layers, each with what it stops, and where it stands below:
+# What holds model-written code is two pages: the walls (1) and the server that puts children behind them (2). Then comes
+# how one talks with a child: its life (3), the data on the pipe (4), and sessions, the parent's end (5).
+#
+# The layers, each with what it stops, and where it stands below:
 #   a process of its own      patched built-ins, frames, gc: code under test shares no memory with the verdict (fork_child)
 #   data on a pipe            printed success, exit codes, objects that equal everything: none of them is True (plain)
 #   state outside             reading or changing the world other than by its tools (call_tool, here and in Session)
