@@ -28,6 +28,7 @@ import random
 import sys
 import time
 import warnings
+from bisect import bisect
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +75,7 @@ from verify import (  # noqa: E402
 )
 
 transformers_logging.disable_progress_bar()
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # on a GPU hardly any memory is lost in gaps between tensors
 HERE = Path(__file__).resolve().parent
 MAX_STEPS = 15  # the paper's limit for the executor (section 4)
 FEED_COLUMNS = 8192  # rows x columns of the cache in a pass that fills it with prompts and observations: attention may copy them
@@ -678,10 +680,13 @@ class SlotCache(DynamicCache):
             layer.store[:, slot, :, :end] = layer.store[:, source, :, :end]
 
     def keep(self, slots: list[int]) -> None:
-        """Drop all slots but these, which are numbered anew."""
+        """Drop all slots but these, in ascending order, which are numbered anew; in place, for want of room for a copy."""
+        for slot, source in enumerate(slots):
+            if slot != source:
+                self.copy(source, slot, self.end)  # of the last pass, which all slots took part in
         self.slots = len(slots)
         for layer in self.layers:
-            layer.store = layer.store[:, slots]
+            layer.store = layer.store[:, :self.slots]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -942,7 +947,7 @@ SHAPES = {  # of models whose configuration the hub shows to registered users on
 }
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, 8 for a block of 64, 32 for 256 blocks (QLoRA, section 3)
 LAYER_BYTES = 4.8  # a token at the height of a layer's backward pass, for each input and output of its linear maps: measured
-LOGIT_BYTES = 16  # a logit of a chunk, at the height of its backward pass: measured
+LOGIT_BYTES = 16  # a logit, at the height of a chunk's backward pass and of sampling: measured
 KEPT_FREE = 1 / 12  # of the GPU's memory, for CUDA itself and for gaps between tensors
 RTX_3090 = 936e9, 71e12  # bytes that it reads in a second, and operations in 16 bits, by its data sheet
 
@@ -963,9 +968,9 @@ def memory_of(config: PreTrainedConfig, rank: int, tokens: int) -> dict[str, flo
 
     weights: those of the linear layers in 4 bits, the others in 16; adapter: in 32 bits, with its gradient and Adam's two
     moments; checkpoints: the input of each layer, kept for the backward pass; layer: one of them at the height of that
-    pass; logits: the same of one chunk; cache: an episode's keys and values; feed: a pass that fills caches, with copies
-    of keys and values for all heads, the mask as bytes and as numbers of 16 bits, and some states. The two constants are measured, and
-    tests hold the sums against whole models: within a tenth.
+    pass; logits: the same of one chunk; cache: an episode's keys and values; sampling: an episode's next token; feed: a pass
+    that fills caches, with copies of keys and values for all heads, the mask as bytes and as numbers of 16 bits, and some
+    states. The two constants are measured, and tests hold the sums against whole models: within a tenth.
     """
     with torch.device("meta"):  # shapes without numbers
         model = AutoModelForCausalLM.from_config(config)
@@ -982,6 +987,7 @@ def memory_of(config: PreTrainedConfig, rank: int, tokens: int) -> dict[str, flo
         "layer": tokens * ends / depth * LAYER_BYTES,
         "logits": min(tokens, CHUNK_TOKENS) * config.vocab_size * LOGIT_BYTES,
         "cache": tokens * depth * token,
+        "sampling": config.vocab_size * LOGIT_BYTES,
         "feed": max(tokens, FEED_COLUMNS) * token * (1 + heads // groups) + FEED_TOKENS * (tokens * 3 + width * 12),
     }
 
@@ -992,8 +998,13 @@ def training_bytes(memory: dict[str, float]) -> float:
 
 
 def rollout_bytes(memory: dict[str, float], parallel: int) -> float:
-    """Return the height of rollouts with so many episodes side by side."""
-    return memory["weights"] + memory["adapter"] + memory["feed"] + parallel * memory["cache"]
+    """Return the height of rollouts with so many episodes side by side: while caches are filled, or while all sample."""
+    return memory["weights"] + memory["adapter"] + parallel * memory["cache"] + max(memory["feed"], parallel * memory["sampling"])
+
+
+def most_parallel(memory: dict[str, float], room: float) -> int:
+    """Return how many episodes can be played side by side in so many bytes."""
+    return bisect(range(1, 10**6), room, key=partial(rollout_bytes, memory))
 
 
 def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
@@ -1011,7 +1022,7 @@ def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
     for context in CONTEXTS:
         memory = memory_of(config, rank, context)
         train, cache = training_bytes(memory), memory["cache"]
-        parallel = max(0, int((room - rollout_bytes(memory, 0)) // cache))
+        parallel = most_parallel(memory, room)
         passes = episodes * context / 2 / max(parallel, 1)
         seconds = passes * (memory["weights"] + parallel * cache / 2) / RTX_3090[0] + episodes * context * 6 * parameters / RTX_3090[1]
         most = max(("weights", "checkpoints", "layer", "logits"), key=memory.get)

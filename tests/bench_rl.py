@@ -8,9 +8,10 @@ The same episodes, in turns: by a plain `generate` on the padded history at ever
 batching at every turn, and by `rollout`. The rounds alternate, so that a busy spell of the machine meets all alike;
 the table shows the medians. What is sampled differs, so tokens a second are compared, of those that the model sampled.
 
-With --shapes each model is also trained on one trajectory of the paper's context, and plays episodes of 8,192 tokens, as
+With --shapes each model is also trained on one trajectory of the paper's context, and plays 16 episodes of 8,192 tokens, as
 many at once as `rl.py --fit` says, under a cap on the memory that stands in for the card. The peaks stand beside what
---fit predicts. Weights are random, so every turn runs until it is cut; speed and memory do not depend on that.
+--fit predicts. Weights are random, so every turn runs until it is cut; speed and memory do not depend on that. Without a
+GPU the same code runs on tensors that have shapes and no numbers, and the peaks are counted (see live_memory.py).
 """
 import argparse
 import gc
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from eval import SUITES, load_suite  # noqa: E402
-from live_memory import LiveMemory, byte_count, weights_of  # noqa: E402
+from live_memory import rollout_peak, shape_policy, training_peak  # noqa: E402
 from rl import (  # noqa: E402
     KEPT_FREE,
     Episode,
@@ -41,6 +42,7 @@ from rl import (  # noqa: E402
     load_policy,
     make_optimizer,
     memory_of,
+    most_parallel,
     reinforce_step,
     rollout,
     rollout_bytes,
@@ -109,19 +111,14 @@ WAYS = {
 
 def random_model(shape: str, folder: str) -> None:
     """Write a model of random weights in a shape, with the embedded model's tokenizer and template."""
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device("cuda"):
         AutoModelForCausalLM.from_config(shape_of(shape), dtype=torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(ROOT / "tiny").save_pretrained(folder)
 
 
-def peak_of(policy: Policy, work: Callable[[], object]) -> tuple[float, float, object]:
-    """Return the most bytes in use during some work, its seconds, and what it returns; on a CPU those of tensors are counted."""
+def peak_of(work: Callable[[], object]) -> tuple[float, float, object]:
+    """Return the most bytes in use on the GPU during some work, its seconds, and what it returns."""
     gc.collect()
-    if not torch.cuda.is_available():
-        with LiveMemory(weights_of(policy.model)) as memory:
-            start = time.perf_counter()
-            result = work()
-        return byte_count(weights_of(policy.model)) + memory.peak, time.perf_counter() - start, result
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
@@ -155,13 +152,14 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
     optimizer = make_optimizer(policy, 1e-4)
     train = lambda: reinforce_step(policy, optimizer, [trajectory], torch.ones(1))  # noqa: E731
     train()  # which makes the optimizer's state
-    report(f"train on {long:,} tokens", *peak_of(policy, train)[:2], training_bytes(memory_of(config, 8, long)))
+    peak, seconds, _ = peak_of(train)
+    report(f"train on {long:,} tokens", peak, training_bytes(memory_of(config, 8, long)), f", {seconds:.1f} s")
     memory = memory_of(config, 8, context)
-    parallel = min(16, int((gpu_gb * 2**30 * (1 - KEPT_FREE) - rollout_bytes(memory, 0)) // memory["cache"]))
+    parallel = min(16, most_parallel(memory, gpu_gb * 2**30 * (1 - KEPT_FREE)))
     play = lambda: rollout(policy, [Talk(context // 4) for _ in range(16)], seeded(policy.device, 0),  # noqa: E731
                            parallel=parallel, turn_tokens=256, context=context)
-    peak, seconds, trajectories = peak_of(policy, play)
-    report(f"16 episodes of {context:,} tokens, {parallel} at once", peak, seconds, rollout_bytes(memory, parallel))
+    peak, seconds, trajectories = peak_of(play)
+    report(f"16 episodes of {context:,} tokens, {parallel} at once", peak, rollout_bytes(memory, parallel), f", {seconds:.1f} s")
     sampled = sum(sum(t.mask) for t in trajectories)
     read = sampled / parallel * (memory["weights"] + parallel * memory["cache"] * 3 / 4)
     figures = reinforce_step(policy, optimizer, trajectories[:1], torch.ones(1))
@@ -170,9 +168,18 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
           f"{12_000 * sampled / 16 / (sampled / seconds) / 3600:,.1f} hours")
 
 
-def report(what: str, peak: float, seconds: float, predicted: float) -> None:
-    """Print a measured peak beside the predicted one."""
-    print(f"  {what:45} {peak / 2**30:6.2f} GiB, predicted {predicted / 2**30:6.2f} ({predicted / peak - 1:+.0%}), {seconds:7.1f} s", flush=True)
+def count_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
+    """Print the same peaks where there is no GPU."""
+    config = shape_of(shape)
+    policy, memory = shape_policy(config), memory_of(config, 8, context)
+    parallel = max(1, min(16, most_parallel(memory, gpu_gb * 2**30 * (1 - KEPT_FREE))))
+    report(f"train on {long:,} tokens", training_peak(policy, long), training_bytes(memory_of(config, 8, long)))
+    report(f"{parallel} episodes of {context:,} tokens at once", rollout_peak(policy, parallel, context), rollout_bytes(memory, parallel))
+
+
+def report(what: str, peak: float, predicted: float, more: str = "") -> None:
+    """Print a peak beside the predicted one."""
+    print(f"  {what:45} {peak / 2**30:6.2f} GiB, predicted {predicted / 2**30:6.2f} ({predicted / peak - 1:+.1%}){more}", flush=True)
 
 
 def main() -> None:
@@ -182,18 +189,20 @@ def main() -> None:
     parser.add_argument("--adapter", help="the folder of a trained adapter")
     parser.add_argument("--tasks", type=int, default=16, help="tasks, of which 8 episodes each are played")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
-    parser.add_argument("--shapes", nargs="+", default=[], metavar="MODEL", help="measure models of random weights in these shapes, on a GPU")
+    parser.add_argument("--shapes", nargs="+", default=[], metavar="MODEL", help="measure models of random weights in these shapes, or, without a GPU, count their tensors")
     parser.add_argument("--gpu-gb", type=float, default=24, help="the card that a cap on the memory stands in for")
     parser.add_argument("--context", type=int, default=8192, help="tokens of the episodes that are played with --shapes")
     parser.add_argument("--trained", type=int, default=16_192, help="tokens of the trajectory that is trained on with --shapes")
     options = parser.parse_args()
     for shape in options.shapes:
-        device = "CPU"
         if torch.cuda.is_available():
             device, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(options.gpu_gb * 2**30 * (1 - KEPT_FREE) / total)
-        print(f"{shape}, random weights, {device}, capped at {options.gpu_gb * (1 - KEPT_FREE):.1f} GiB")
-        measure_shape(shape, options.gpu_gb, options.context, options.trained)
+            print(f"{shape}, random weights, {device}, capped at {options.gpu_gb * (1 - KEPT_FREE):.1f} GiB")
+            measure_shape(shape, options.gpu_gb, options.context, options.trained)
+        else:
+            print(f"{shape}, tensors without numbers, counted")
+            count_shape(shape, options.gpu_gb, options.context, options.trained)
     policy = load_policy(options.model, options.adapter)
     everything = [task for suite in SUITES for task in load_suite(suite)]
     tasks = [everything[i * len(everything) // options.tasks] for i in range(options.tasks)]

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, Qwen2Config
 
 import rl
-from live_memory import LiveMemory, filling_peak, random_policy, training_peak
+from live_memory import LiveMemory, random_policy, rollout_peak, shape_policy, training_peak
 from rl import (
     Episode,
     Executor,
@@ -653,8 +653,25 @@ def test_memory_is_predicted_within_a_tenth_of_what_the_whole_model_needs(config
     for tokens in (1000, 2500):
         assert rl.training_bytes(rl.memory_of(config, 8, tokens)) == pytest.approx(training_peak(policy, tokens), rel=0.1)
     memory = rl.memory_of(config, 8, 1500)
-    assert rl.rollout_bytes(memory, 48) == pytest.approx(filling_peak(policy, 48, 1500), rel=0.1)
-    assert filling_peak(policy, 7, 1500) < 1.1 * rl.rollout_bytes(memory, 7)  # where the cache is small beside the pass that fills it
+    assert rl.rollout_bytes(memory, 48) == pytest.approx(rollout_peak(policy, 48, 1500), rel=0.1)
+    assert rollout_peak(policy, 7, 1500) < 1.1 * rl.rollout_bytes(memory, 7)  # where the cache is small beside the pass that fills it
+
+
+def test_what_is_counted_without_numbers_is_what_is_counted_with_them():
+    config = SMALL_SHAPES["Qwen-like"]
+    with_numbers, without = random_policy(config), shape_policy(config)
+    assert training_peak(without, 2500) == pytest.approx(training_peak(with_numbers, 2500), rel=0.02)
+    assert rollout_peak(without, 48, 1500) == pytest.approx(rollout_peak(with_numbers, 48, 1500), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["3.2-1B", "3.2-3B", "3.1-8B"])
+def test_memory_is_predicted_within_a_tenth_on_the_shapes_of_real_models(name):
+    config = rl.shape_of(f"meta-llama/Llama-{name}-Instruct")
+    policy = shape_policy(config)
+    trained, played = training_peak(policy, 16_192), rollout_peak(policy, 16, 8192)
+    assert rl.training_bytes(rl.memory_of(config, 8, 16_192)) == pytest.approx(trained, rel=0.1)
+    assert rl.rollout_bytes(rl.memory_of(config, 8, 8192), 16) == pytest.approx(played, rel=0.1)
+    assert max(trained, played) < 22 * 2**30
 
 
 def test_the_bytes_of_a_logit_are_as_measured():
