@@ -1008,26 +1008,26 @@ def most_parallel(memory: dict[str, float], room: float) -> int:
 
 
 def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
-    """Return the table of what fits on a GPU, with the least time of a step of so many `episodes`.
+    """Return the table of what fits on a GPU, with the least time of a step of so many `episodes`, and of the paper's rollouts.
 
-    The time is a bound, not a forecast: to sample, the weights and the caches are read once for each token of every
+    The times are bounds, not forecasts: to sample, the weights and the caches are read once for each token of every
     slot, half of a context being sampled; to train, a token costs 6 operations a weight (forward, forward again, and
-    backward to the adapter, whose own gradient is small).
+    backward to the adapter, whose own gradient is small). The paper plays 800 tasks 15 times each (section 4).
     """
     config, room = shape_of(name), gpu_gb * 2**30 * (1 - KEPT_FREE)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     lines = [f"{name}, LoRA of rank {rank}, on {gpu_gb:g} GB, of which {room / 2**30:.1f} GiB are used",
-             f"{'context':>8} {'to train one':>14} {'most of it':>12} {'cache of one':>14} {'side by side':>13} {'a step, at least':>17}"]
+             f"{'context':>8} {'to train one':>14} {'most of it':>12} {'cache of one':>14} {'side by side':>13} {'a step, at least':>17} {'800 x 15 rollouts':>18}"]
     for context in CONTEXTS:
         memory = memory_of(config, rank, context)
         train, cache = training_bytes(memory), memory["cache"]
         parallel = most_parallel(memory, room)
-        passes = episodes * context / 2 / max(parallel, 1)
-        seconds = passes * (memory["weights"] + parallel * cache / 2) / RTX_3090[0] + episodes * context * 6 * parameters / RTX_3090[1]
+        rollouts = context / 2 / max(parallel, 1) * (memory["weights"] + parallel * cache / 2) / RTX_3090[0]  # seconds of each
+        step = episodes * (rollouts + context * 6 * parameters / RTX_3090[1])
         most = max(("weights", "checkpoints", "layer", "logits"), key=memory.get)
-        time = f"{seconds / 60:.1f} min" if parallel and train <= room else "does not fit"
-        lines.append(f"{context:8,} {train / 2**30:10.2f} GiB {most:>12} {cache / 2**30:10.2f} GiB {parallel:13,} {time:>17}")
+        times = [f"{step / 60:.1f} min", f"{12_000 * rollouts / 3600:.0f} h"] if parallel and train <= room else ["does not fit", "-"]
+        lines.append(f"{context:8,} {train / 2**30:10.2f} GiB {most:>12} {cache / 2**30:10.2f} GiB {parallel:13,} {times[0]:>17} {times[1]:>18}")
     note = f"A step: {episodes} episodes (--tasks-per-step x --rollouts), at the speed that the data sheet of an RTX 3090 allows."
     return "\n".join([*lines, f"Weights: {memory['weights'] / 2**30:.2f} GiB. Give --context and at most so many --parallel as are side by side. {note}"])
 

@@ -10,8 +10,9 @@ the table shows the medians. What is sampled differs, so tokens a second are com
 
 With --shapes each model is also trained on one trajectory of the paper's context, and plays 16 episodes of 8,192 tokens, as
 many at once as `rl.py --fit` says, under a cap on the memory that stands in for the card. The peaks stand beside what
---fit predicts. Weights are random, so every turn runs until it is cut; speed and memory do not depend on that. Without a
-GPU the same code runs on tensors that have shapes and no numbers, and the peaks are counted (see live_memory.py).
+--fit predicts. Then 16 shorter episodes are played in the three ways. Weights are random, so every turn runs until it is
+cut; speed and memory do not depend on that. Without a GPU the code of training and rollouts runs on tensors that have
+shapes and no numbers, and only the peaks are told, counted (see live_memory.py).
 """
 import argparse
 import gc
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from eval import SUITES, load_suite  # noqa: E402
-from live_memory import rollout_peak, shape_policy, training_peak  # noqa: E402
+from live_memory import LiveMemory, byte_count, rollout_peak, shape_policy, training_peak, weights_of  # noqa: E402
 from rl import (  # noqa: E402
     KEPT_FREE,
     Episode,
@@ -55,39 +56,36 @@ from rl import (  # noqa: E402
 )
 from verify import Jail  # noqa: E402
 
-TURN_TOKENS, CONTEXT = 176, 512
 
-
-def turn_by_turn(generate: Callable, policy: Policy, episodes: list[Episode], generator: torch.Generator) -> list[Trajectory]:
+def turn_by_turn(
+    generate: Callable, policy: Policy, episodes: list[Episode], generator: torch.Generator, turn_tokens: int, context: int
+) -> list[Trajectory]:
     """Play the episodes with a function that continues all the histories it is given by one turn."""
     seats = begin(policy, episodes, None, generator)  # nobody talks to a user
+    # Both of the library's ways are to sample from the full distribution, until a turn ends.
+    settings = GenerationConfig(max_new_tokens=turn_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                                eos_token_id=sorted(policy.stop_ids), pad_token_id=min(policy.stop_ids))
     while running := [seat for seat in seats if not seat.over]:
-        for seat, turn in zip(running, generate(policy, [seat.trajectory.tokens for seat in running])):
+        for seat, turn in zip(running, generate(policy, [seat.trajectory.tokens for seat in running], settings)):
             seat.trajectory.extend(turn, True, [0.0] * len(turn))
             seat.text = turn_text(policy, turn)
-        take_steps(policy, running, None, generator, CONTEXT)
+        take_steps(policy, running, None, generator, context)
     return [seat.trajectory for seat in seats]
 
 
-def settings(policy: Policy) -> GenerationConfig:
-    """What both of the library's ways are told: to sample from the full distribution, until a turn ends."""
-    return GenerationConfig(max_new_tokens=TURN_TOKENS, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                            eos_token_id=sorted(policy.stop_ids), pad_token_id=min(policy.stop_ids))
-
-
 @torch.inference_mode()
-def by_generate(policy: Policy, histories: list[list[int]]) -> list[list[int]]:
+def by_generate(policy: Policy, histories: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
     """One call of `generate`, on histories that are padded on the left to the longest."""
     width = max(map(len, histories))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in histories], device=policy.device)
     attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in histories], device=policy.device)
-    rows = policy.model.generate(input_ids=ids, attention_mask=attention, generation_config=settings(policy))[:, width:].tolist()
+    rows = policy.model.generate(input_ids=ids, attention_mask=attention, generation_config=settings)[:, width:].tolist()
     return [up_to_the_end(policy, row) for row in rows]
 
 
-def by_continuous_batching(policy: Policy, histories: list[list[int]]) -> list[list[int]]:
+def by_continuous_batching(policy: Policy, histories: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
     """One call of transformers' continuous batching, whose paged cache needs no padding."""
-    outputs = policy.model.get_base_model().generate_batch(inputs=histories, generation_config=settings(policy), progress_bar=False)
+    outputs = policy.model.get_base_model().generate_batch(inputs=histories, generation_config=settings, progress_bar=False)
     by_prompt = sorted(outputs.values(), key=lambda output: int(output.request_id.rpartition("_")[2]))
     return [up_to_the_end(policy, output.generated_tokens) for output in by_prompt]
 
@@ -97,9 +95,9 @@ def up_to_the_end(policy: Policy, tokens: list[int]) -> list[int]:
     return tokens[:next((n for n, token in enumerate(tokens, start=1) if token in policy.stop_ids), len(tokens))]
 
 
-def by_rollout(policy: Policy, episodes: list[Episode], generator: torch.Generator) -> list[Trajectory]:
+def by_rollout(policy: Policy, episodes: list[Episode], generator: torch.Generator, turn_tokens: int, context: int) -> list[Trajectory]:
     """What the project does."""
-    return rollout(policy, episodes, generator, parallel=len(episodes), turn_tokens=TURN_TOKENS, context=CONTEXT)
+    return rollout(policy, episodes, generator, parallel=len(episodes), turn_tokens=turn_tokens, context=context)
 
 
 WAYS = {
@@ -109,16 +107,37 @@ WAYS = {
 }
 
 
+def compare(policy: Policy, make_episodes: Callable[[], list[Episode]], turn_tokens: int, context: int, rounds: int) -> None:
+    """Play equal episodes in each way, the ways in turns, the rounds after one that warms up; print the medians of the speeds."""
+    speeds: dict[str, list[float]] = {name: [] for name in WAYS}
+    for number in range(rounds + 1):
+        for name, play in WAYS.items():
+            torch.manual_seed(number)
+            episodes = make_episodes()
+            start = time.perf_counter()
+            trajectories = play(policy, episodes, seeded(policy.device, number), turn_tokens, context)
+            speeds[name].append(sum(sum(t.mask) for t in trajectories) / (time.perf_counter() - start))
+    print(f"{'':38} {'tokens a second':>16} {'times the first':>16}")
+    medians = {name: median(values[1:]) for name, values in speeds.items()}
+    for name, speed in medians.items():
+        print(f"{name:38} {speed:16.0f} {speed / medians[next(iter(WAYS))]:16.2f}", flush=True)
+
+
 def random_model(shape: str, folder: str) -> None:
     """Write a model of random weights in a shape, with the embedded model's tokenizer and template."""
-    with torch.device("cuda"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         AutoModelForCausalLM.from_config(shape_of(shape), dtype=torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(ROOT / "tiny").save_pretrained(folder)
 
 
-def peak_of(work: Callable[[], object]) -> tuple[float, float, object]:
-    """Return the most bytes in use on the GPU during some work, its seconds, and what it returns."""
+def peak_of(policy: Policy, work: Callable[[], object]) -> tuple[float, float, object]:
+    """Return the most bytes in use during some work, its seconds, and what it returns; on a CPU those of tensors are counted."""
     gc.collect()
+    if not torch.cuda.is_available():
+        with LiveMemory(weights_of(policy.model)) as memory:
+            start = time.perf_counter()
+            result = work()
+        return byte_count(weights_of(policy.model)) + memory.peak, time.perf_counter() - start, result
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
@@ -143,8 +162,11 @@ class Talk(Episode):
 
 
 def measure_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
-    """Print the peaks of a training step on one trajectory of `long` tokens and of rollouts up to `context` tokens."""
+    """Print the peaks of a training step on one trajectory of `long` tokens and of rollouts up to `context` tokens, and the speeds."""
     config = shape_of(shape)
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(gpu_gb * 2**30 * (1 - KEPT_FREE) / total)
     with tempfile.TemporaryDirectory() as folder:
         random_model(shape, folder)
         policy = load_policy(folder)
@@ -152,13 +174,13 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
     optimizer = make_optimizer(policy, 1e-4)
     train = lambda: reinforce_step(policy, optimizer, [trajectory], torch.ones(1))  # noqa: E731
     train()  # which makes the optimizer's state
-    peak, seconds, _ = peak_of(train)
+    peak, seconds, _ = peak_of(policy, train)
     report(f"train on {long:,} tokens", peak, training_bytes(memory_of(config, 8, long)), f", {seconds:.1f} s")
     memory = memory_of(config, 8, context)
     parallel = min(16, most_parallel(memory, gpu_gb * 2**30 * (1 - KEPT_FREE)))
     play = lambda: rollout(policy, [Talk(context // 4) for _ in range(16)], seeded(policy.device, 0),  # noqa: E731
                            parallel=parallel, turn_tokens=256, context=context)
-    peak, seconds, trajectories = peak_of(play)
+    peak, seconds, trajectories = peak_of(policy, play)
     report(f"16 episodes of {context:,} tokens, {parallel} at once", peak, rollout_bytes(memory, parallel), f", {seconds:.1f} s")
     sampled = sum(sum(t.mask) for t in trajectories)
     read = sampled / parallel * (memory["weights"] + parallel * memory["cache"] * 3 / 4)
@@ -166,6 +188,9 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
     print(f"  {sampled / seconds:,.0f} tokens a second; weights and cache read at {read / seconds / 1e9:,.0f} GB a second; "
           f"mismatch_kl {figures['mismatch_kl']:.1e}; 800 tasks x 15 rollouts of {sampled // 16:,} sampled tokens: "
           f"{12_000 * sampled / 16 / (sampled / seconds) / 3600:,.1f} hours")
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(1.0)  # continuous batching takes what it finds free on the card itself
+    compare(policy, lambda: [Talk(context // 16) for _ in range(16)], 256, context // 4, rounds=1)
 
 
 def count_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
@@ -196,9 +221,7 @@ def main() -> None:
     options = parser.parse_args()
     for shape in options.shapes:
         if torch.cuda.is_available():
-            device, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(options.gpu_gb * 2**30 * (1 - KEPT_FREE) / total)
-            print(f"{shape}, random weights, {device}, capped at {options.gpu_gb * (1 - KEPT_FREE):.1f} GiB")
+            print(f"{shape}, random weights, {torch.cuda.get_device_name()}, capped at {options.gpu_gb * (1 - KEPT_FREE):.1f} GiB")
             measure_shape(shape, options.gpu_gb, options.context, options.trained)
         else:
             print(f"{shape}, tensors without numbers, counted")
@@ -206,23 +229,14 @@ def main() -> None:
     policy = load_policy(options.model, options.adapter)
     everything = [task for suite in SUITES for task in load_suite(suite)]
     tasks = [everything[i * len(everything) // options.tasks] for i in range(options.tasks)]
-    speeds: dict[str, list[float]] = {}
-    with Jail() as jail:
-        for number in range(options.rounds + 1):  # the first warms up
-            for name, play in WAYS.items():
-                torch.manual_seed(number)
-                jail.replies.clear()
-                episodes = [executor(jail, task) for task in tasks for _ in range(8)]
-                start = time.perf_counter()
-                trajectories = play(policy, episodes, seeded(policy.device, number))
-                seconds = time.perf_counter() - start
-                if number:
-                    speeds.setdefault(name, []).append(sum(sum(t.mask) for t in trajectories) / seconds)
     print(f"{options.model}, {len(tasks) * 8} episodes, {policy.device.type}, {platform.machine()}, {torch.get_num_threads()} threads; "
           + ", ".join(f"{name} {version}" for name, version in versions().items()))
-    print(f"{'':38} {'tokens a second':>16} {'times the first':>16}")
-    for name, values in speeds.items():
-        print(f"{name:38} {median(values):16.0f} {median(values) / median(speeds[next(iter(WAYS))]):16.2f}")
+    with Jail() as jail:
+        def make_episodes() -> list[Episode]:
+            jail.replies.clear()
+            return [executor(jail, task) for task in tasks for _ in range(8)]
+
+        compare(policy, make_episodes, turn_tokens=176, context=512, rounds=options.rounds)
 
 
 if __name__ == "__main__":

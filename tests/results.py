@@ -5,13 +5,14 @@
     python tests/results.py --keep tests/figures/runs             (... and keep of each run what tests/figures.py draws)
 
 The runs go to runs/results/; one that is finished already is not run again. Both environments count alike:
-a figure is the mean over the two suites.
+a figure is the mean over the two suites. Options that are not listed here are given to selfchallenge.py.
 """
 import argparse
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -19,12 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 METRICS = ["pass@1", "greedy", "pass@4"]
 
 
-def summary_of(model: str, seed: int, filtered: bool, keep: Path | None = None) -> dict:
-    """Return the summary of a run, which is run first if it has not been; its small files are copied to a folder in `keep`."""
+def summary_of(model: str, seed: int, filtered: bool, keep: Path | None = None, others: Iterable[str] = ()) -> dict:
+    """Return the summary of a run, which is run first, with `others` among its options, if it has not been.
+
+    Its small files are copied to a folder in `keep`.
+    """
     name = f"{Path(model).name}-seed{seed}" + ("" if filtered else "-no-filter")
     folder = Path("runs") / "results" / name
     if not (folder / "summary.json").exists():
-        options = ["--model", model, "--seed", str(seed), "--name", f"results/{name}"] + ([] if filtered else ["--no-filter"])
+        options = ["--model", model, "--seed", str(seed), "--name", f"results/{name}", *([] if filtered else ["--no-filter"]), *others]
         subprocess.run([sys.executable, str(ROOT / "selfchallenge.py"), *options], check=True, stdout=subprocess.DEVNULL)
     if keep is not None:
         (keep / name).mkdir(parents=True, exist_ok=True)
@@ -60,9 +64,9 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--filtered", action="store_true", help="leave the unfiltered runs out")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="copy config, summary and metrics of each run to a folder in this one")
-    options = parser.parse_args()
+    options, others = parser.parse_known_args()
     for filtered in [True] if options.filtered else [True, False]:
-        summaries = {seed: summary_of(options.model, seed, filtered, options.keep) for seed in options.seeds}
+        summaries = {seed: summary_of(options.model, seed, filtered, options.keep, others) for seed in options.seeds}
         print(f"\n{options.model}, {'filtered' if filtered else 'unfiltered'} (per cent, mean of the suites, before -> after)")
         print(table(summaries), flush=True)
 

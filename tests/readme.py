@@ -1,0 +1,92 @@
+"""Every command that the README documents, in its order, in a copy of the repository. `.ci/run` runs this.
+
+    python tests/readme.py
+
+What takes long is played in a smaller size, by options that are appended; the rest is the README's, to the letter. Models
+that have to be downloaded give way to the embedded one, the benchmarks' checkouts to the tests' stand-ins. A command has to
+end well. Where the embedded model cannot do the work, it may also end with the sentence that no task survived the filter.
+"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from stand_ins import make_m3tooleval, make_tau_bench
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--challenges 24 --steps 1 --tasks-per-step 4 --rollouts 4 --trials 1 --turn-tokens 176 --context 512 --parallel 24"
+SMALLER = {  # what is appended to a command that begins so; the first that fits
+    "python selfchallenge.py": f"--model tiny {SMALL} --any-version",
+    "python garden.py": SMALL,
+    "python rl.py --tasks": "--steps 1 --tasks-per-step 4",
+    "python eval.py --report": "",
+    "python eval.py": "--trials 1 --any-version",
+    "python tests/results.py": f"--seeds 0 --model tiny {SMALL}",
+    "python tests/bench_loop.py": f"{SMALL} --env calculator",
+    "python tests/bench_jail.py": "--checks 10 --rounds 1",
+    "python tests/bench_rl.py": "--rounds 1 --tasks 1",
+    "python tiny/pretrain.py": "--episodes 40 --epochs 1",
+}
+ELSEWHERE = {"python -m pytest": "it is the next that .ci/run does", "TAU_BENCH=": "it needs the real checkouts"}
+COMMAND = r"(?:[A-Z0-9_]+=\S+ )*python (?:-m \w+|\S+\.py)"
+
+
+def documented(text: str) -> list[str]:
+    """Return the commands of a text that run Python: lines of their own, and those between backquotes."""
+    text = text.replace("\\\n", " ")
+    found = re.findall(rf"^(?:\$ )?({COMMAND}.*?)(?:  +#.*)?$|`({COMMAND}[^`]*)`", text, re.MULTILINE)
+    return list(dict.fromkeys(" ".join((line or quoted).split()) for line, quoted in found))
+
+
+def as_played(command: str) -> str:
+    """Return a command with what its readers are to fill in, and in a smaller size."""
+    for blank, filled in [(" ...", ""), ("…", "tiny"), ("MODEL", "tiny"), ("runs/NAME", "runs/run-1")]:
+        command = command.replace(blank, filled)
+    return f"{command} {next((more for start, more in SMALLER.items() if command.startswith(start)), '')}"
+
+
+def prepare(folder: Path, readme: str) -> None:
+    """Copy the repository to a folder, with what else the README has its readers make."""
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache"))
+    shutil.copytree(ROOT / "tests" / "figures" / "runs", folder / "tests" / "figures" / "runs")
+    (folder / "garden.py").write_text(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], encoding="utf-8")
+    make_m3tooleval(folder / "code-act")
+    make_tau_bench(folder / "tau-bench")
+    (folder / "handed-in").mkdir()
+    (folder / "handed-in" / "student").symlink_to("../course")
+
+
+def play(command: str, folder: Path) -> bool:
+    """Run a command in a folder; print it, and how it ended; return whether that is well."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    start = time.monotonic()
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    well = done.returncode == 0 or "no task survived the filter" in done.stderr
+    print(f"{'ok' if well else 'FAILED':6} {time.monotonic() - start:5.1f} s  {command}", flush=True)
+    if not well:
+        print(done.stdout[-2000:], done.stderr[-4000:], sep="\n")
+    return well
+
+
+def main() -> int:
+    """Play all commands; return the exit status."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    ends = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "copy"
+        prepare(folder, readme)
+        for command in sorted(documented(readme), key=lambda command: "run-2" in command):  # which is there only when others have run
+            if where := next((why for start, why in ELSEWHERE.items() if command.startswith(start)), None):
+                print(f"not here, {where}: {command}")
+            else:
+                ends.append(play(as_played(command), folder))
+    print(f"{sum(ends)} of {len(ends)} commands ended well")
+    return 0 if all(ends) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
