@@ -626,19 +626,21 @@ def separate(options: argparse.Namespace) -> list[argparse.Namespace]:
 
 def main() -> int:
     """Run the loop; return the exit status. A user's mistake gets one sentence, and Ctrl-C loses nothing."""
-    options = parse_options()
+    parts = separate(parse_options())
     opened = []
 
     def work() -> None:
-        for part in separate(options):
+        for part in parts:
             run, settings = open_run(part)
-            opened[:] = [run.folder]
+            opened.append(run.folder)
             play_run(run, settings)
 
     def how_to_go_on() -> str:
         if not opened:
             return "nothing was begun"
-        return f"every finished step is saved; continue with: python selfchallenge.py --resume {opened[0]}"
+        others = " ".join(part.env[0] for part in parts[len(opened):])
+        hint = f"every finished step is saved; continue with: python selfchallenge.py --resume {opened[-1]}"
+        return hint + (f" (and then begin the others: --no-joint --env {others})" if others else "")
 
     return guarded("selfchallenge.py", work, how_to_go_on)
 

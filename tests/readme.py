@@ -18,15 +18,15 @@ from pathlib import Path
 from stand_ins import make_m3tooleval, make_tau_bench
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--challenges 24 --steps 1 --tasks-per-step 4 --rollouts 4 --trials 1 --turn-tokens 176 --context 512 --parallel 24"
+SMALL = "--challenges 24 --steps 1 --tasks-per-step 4 --rollouts 4 --trials 1 --turn-tokens 176 --context 512 --parallel 96"
 SMALLER = {  # what is appended to a command that begins so; the first that fits
     "python selfchallenge.py": f"--model tiny {SMALL} --any-version",
     "python garden.py": SMALL,
     "python rl.py --tasks": "--steps 1 --tasks-per-step 4",
     "python eval.py --report": "",
     "python eval.py": "--trials 1 --any-version",
-    "python tests/results.py": f"--seeds 0 --model tiny {SMALL}",
-    "python tests/bench_loop.py": f"{SMALL} --env calculator",
+    "python tests/results.py": f"--seeds 0 --model tiny {SMALL} --trials 4",
+    "python tests/bench_loop.py": f"{SMALL} --env calculator --challenges 8",
     "python tests/bench_jail.py": "--checks 10 --rounds 1",
     "python tests/bench_rl.py": "--rounds 1 --tasks 1",
     "python tiny/pretrain.py": "--episodes 40 --epochs 1",

@@ -14,7 +14,7 @@ import torch
 
 import selfchallenge
 from eval import SUITES, evaluate_baseline, load_suite
-from rl import advantages
+from rl import advantages, load_policy, make_optimizer
 from selfchallenge import EXAMPLES, Challenger, HeldOut, challenger_prompt, near, parameters, parse_options, render_task, sort_out, words
 from tools import CUSTOMERS, ENVIRONMENTS, make_environment
 from verify import CodeAsTask, Jail, Judgement, evaluate, judge, parse_task
@@ -38,6 +38,20 @@ def command(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProces
     return subprocess.run(
         [sys.executable, str(ROOT / "selfchallenge.py"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=240, **options
     )
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Return a function that gives the script arguments, in this process and in a folder, and returns its status and errors."""
+    def play(*arguments: str, cwd: Path) -> tuple[int, str]:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["selfchallenge.py", *arguments])
+        try:
+            status = selfchallenge.main()
+        except SystemExit as leaving:  # by argparse, which has said what is wrong
+            status = leaving.code
+        return status, capsys.readouterr().err
+    return play
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -222,10 +236,11 @@ def test_no_task_of_a_run_leaks(whole, held_out):
     assert lines and not any(held_out.leaks(line["instruction"]) for line in lines)
 
 
-def test_no_task_of_an_unfiltered_pool_leaks(tmp_path, held_out):
-    done = command(*SMALL, "--no-filter", "--steps", "1", "--name", "a", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(line) for line in (tmp_path / "runs" / "a" / "tasks.jsonl").read_text().splitlines()]
+def test_no_task_of_an_unfiltered_pool_leaks(jail, tmp_path, held_out):
+    options, policy = parse_options([*SMALL, "--no-filter"]), load_policy("tiny")
+    run = selfchallenge.new_run(tmp_path / "run", {})
+    selfchallenge.challenge(policy, make_optimizer(policy, 1e-3), jail, held_out, run, options)
+    lines = run.read("tasks.jsonl")
     assert len(lines) > 12 and not any(held_out.leaks(line["instruction"]) for line in lines)
 
 
@@ -249,11 +264,11 @@ def test_the_saved_adapter_scores_what_the_trained_policy_scored(whole):
 COMPARED = ["tasks.jsonl", "rejected.jsonl", "metrics.jsonl", "trajectories.jsonl", "adapter/adapter_model.safetensors"]
 
 
-def interrupted_when(folder: Path, name: str, lines: int) -> Path:
-    """Start the same run, and interrupt it once a file has so many lines; return the run's folder."""
+def interrupt(folder: Path, arguments: list[str], name: str, lines: int) -> None:
+    """Play the run runs/a in a folder, and interrupt it once a file of it has so many lines."""
     run = folder / "runs" / "a"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "selfchallenge.py"), *SMALL, "--name", "a"],
+        [sys.executable, str(ROOT / "selfchallenge.py"), *arguments],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job may be deaf to Ctrl-C
     )
@@ -266,12 +281,15 @@ def interrupted_when(folder: Path, name: str, lines: int) -> Path:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors[-2000:]
     assert "--resume" in errors and "Traceback" not in errors
-    return run
 
 
-@pytest.mark.parametrize("name, lines", [("rejected.jsonl", 1), ("metrics.jsonl", 2)])
-def test_a_resumed_run_equals_one_that_was_never_interrupted(whole, tmp_path, name, lines):
-    run = interrupted_when(tmp_path, name, lines)
+def test_a_resumed_run_equals_one_that_was_never_interrupted(whole, tmp_path):
+    """It is interrupted twice, once while the model challenges itself and once while it trains."""
+    run = tmp_path / "runs" / "a"
+    interrupt(tmp_path, [*SMALL, "--name", "a"], "rejected.jsonl", 1)
+    assert not (run / "metrics.jsonl").exists()
+    interrupt(tmp_path, ["--resume", str(run)], "metrics.jsonl", 2)
+    assert not (run / "report.html").exists()
     done = command("--resume", str(run), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     for file in COMPARED:
@@ -288,28 +306,28 @@ def test_a_resumed_run_may_be_given_less_memory_and_nothing_else(whole, monkeypa
     assert selfchallenge.parse_options([]).changed == {}
 
 
-def test_a_finished_run_is_not_overwritten(whole):
-    done = command(*SMALL, "--name", "a", cwd=whole.parent.parent)
-    assert done.returncode == 2 and "exists already" in done.stderr and "Traceback" not in done.stderr
+def test_a_finished_run_is_not_overwritten(whole, here):
+    status, errors = here(*SMALL, "--name", "a", cwd=whole.parent.parent)
+    assert status == 2 and "exists already" in errors
 
 
-def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path):
+def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path, here):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     before = {path.name: path.read_bytes() for path in run.glob("*.jsonl")}
     state = run / "checkpoint" / "state.pt"
     state.write_bytes(state.read_bytes()[: 2000])
-    done = command("--resume", str(run), cwd=tmp_path)
-    assert done.returncode == 2 and "damaged" in done.stderr and "Traceback" not in done.stderr
+    status, errors = here("--resume", str(run), cwd=tmp_path)
+    assert status == 2 and "damaged" in errors
     assert {path.name: path.read_bytes() for path in run.glob("*.jsonl")} == before
 
 
-def test_a_lost_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path):
+def test_a_lost_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path, here):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     shutil.rmtree(run / "checkpoint")
-    done = command("--resume", str(run), cwd=tmp_path)
-    assert done.returncode == 2 and "lost its checkpoint" in done.stderr and "Traceback" not in done.stderr
+    status, errors = here("--resume", str(run), cwd=tmp_path)
+    assert status == 2 and "lost its checkpoint" in errors
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
@@ -324,26 +342,26 @@ def test_a_lost_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path):
         (["--rollouts", "1"], "at least two"),
     ],
 )
-def test_a_mistake_gets_one_sentence(tmp_path, monkeypatch, capsys, arguments, said):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["selfchallenge.py", *arguments])
-    try:
-        status = selfchallenge.main()
-    except SystemExit as leaving:  # by argparse, which has said what is wrong
-        status = leaving.code
-    output = capsys.readouterr().err
-    assert status == 2 and said in output and "Traceback" not in output
+def test_a_mistake_gets_one_sentence(tmp_path, here, arguments, said):
+    status, errors = here(*arguments, cwd=tmp_path)
+    assert status == 2 and said in errors and "Traceback" not in errors
+
+
+def test_an_interrupt_names_the_worlds_that_have_not_begun(tmp_path, monkeypatch, here):
+    monkeypatch.setattr(selfchallenge, "play_run", lambda run, options: (_ for _ in ()).throw(KeyboardInterrupt))
+    status, errors = here("--no-joint", "--env", "calculator", "shop", "--name", "a", cwd=tmp_path)
+    assert status == 130 and f"--resume {Path('runs', 'a-calculator')}" in errors and "--no-joint --env shop" in errors
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_one_sentence(tmp_path):
+def test_a_full_disk_is_one_sentence(tmp_path, here):
     run = tmp_path / "runs" / "full"
     (run / "checkpoint").mkdir(parents=True)
     options = vars(selfchallenge.parse_options(SMALL))
     (run / "config.json").write_text(json.dumps({k: v for k, v in options.items() if k not in ("resume", "name", "changed")}))
     os.symlink("/dev/full", run / "checkpoint" / "state.partial")
-    done = command("--resume", str(run), cwd=tmp_path)
-    assert done.returncode == 2 and "No space left" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
+    status, errors = here("--resume", str(run), cwd=tmp_path)
+    assert status == 2 and "No space left" in errors and "--resume" in errors
 
 
 def test_the_readme_s_world_of_one_s_own_is_sound_and_short(jail, tmp_path, monkeypatch):
