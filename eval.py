@@ -718,9 +718,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict]:
         if arguments.policy in BASELINES:
             results = evaluate_baseline(arguments.policy, jail, suites, arguments.trials)
         else:
-            policy = load_policy(arguments.policy, arguments.adapter, seed=arguments.seed)
             finished, write = continued(arguments.episodes, setting)
             with advice_on_memory(arguments.policy):
+                policy = load_policy(arguments.policy, arguments.adapter, seed=arguments.seed)
                 results, _ = evaluate_policy(policy, jail, suites, arguments.seed, arguments.trials,
                                              finished=finished, write=write, **rollout_limits(arguments))
     return {suite: numbers | {"setting": setting} for suite, numbers in results.items()}

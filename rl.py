@@ -28,6 +28,7 @@ import random
 import sys
 import time
 import warnings
+import weakref
 from bisect import bisect
 from collections import deque
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ from tqdm import tqdm
 
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing")  # a new name is coming; peft uses the old one, too
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces optional kernels that we do not need
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # of a GPU's memory less is lost in gaps; read at its first use
+torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, and in a rollout each token brings another
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
@@ -75,7 +78,6 @@ from verify import (  # noqa: E402
 )
 
 transformers_logging.disable_progress_bar()
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # on a GPU hardly any memory is lost in gaps between tensors
 HERE = Path(__file__).resolve().parent
 MAX_STEPS = 15  # the paper's limit for the executor (section 4)
 FEED_COLUMNS = 8192  # rows x columns of the cache in a pass that fills it with prompts and observations: attention may copy them
@@ -118,6 +120,8 @@ def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, see
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         base = load_base(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    except torch.OutOfMemoryError:  # a RuntimeError, too: see advice_on_memory
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise PolicyError(f"cannot load the model {name!r}: {reason} (give a model folder or a hub name; for a gated model accept "
@@ -357,7 +361,7 @@ def rollout(
     for the users of conversations; without one, the policy's base model does. Raises PolicyError if a prompt does not
     fit into the context, or the context not into the model's sliding window, which the cache does not imitate.
     """
-    window = getattr(policy.model.config, "sliding_window", None)
+    window = getattr(policy.model.config.get_text_config(), "sliding_window", None)
     if window and window < context:
         raise PolicyError(f"the model sees a sliding window of {window:,} tokens: lower --context to that")
     user = user or own_user(policy, parallel, turn_tokens)
@@ -423,7 +427,9 @@ def play(
         fill(policy, cache, slots)
         last = [[0] if seat.text is not None else seat.trajectory.tokens[-1:] for seat in slots]  # 0 for a slot that waits
         logits = advance(policy, cache, range(len(slots)), last, [seat.fed for seat in slots])
-        sampled = torch.stack(sample_tokens(logits, generator, temperature)).tolist()  # [2, slots]: the one synchronisation of a pass
+        sampled = torch.stack(sample_tokens(logits, generator, temperature)).tolist()  # [2, slots]: here alone a GPU is waited for
+        if any(map(math.isnan, sampled[1])):
+            raise PolicyError("the model's probabilities are no numbers any more: lower --learning-rate")
         for seat, token, logprob in zip(slots, map(int, sampled[0]), sampled[1]):
             if seat.text is None:
                 seat.fed = len(seat.trajectory.tokens)
@@ -447,12 +453,14 @@ def sample_tokens(logits: torch.Tensor, generator: torch.Generator, temperature:
 
     The log-probabilities are those of the distribution that was sampled: of logits / temperature, with no
     top-k or top-p cut, so that the trainer can compute the same number. temperature 0 takes the most likely token.
+    Of exponential variables with the rates p the first to come is i with probability p_i: so torch.multinomial draws,
+    too, but it also checks p, for which it has to wait for a GPU.
     """
     logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
     if temperature == 0:
         tokens = logprobs.argmax(-1)
     else:
-        tokens = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
+        tokens = logprobs.exp().div_(torch.empty_like(logprobs).exponential_(generator=generator)).argmax(-1)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
@@ -650,7 +658,7 @@ class SlotLayer(DynamicLayer):
 
     def __init__(self, cache: "SlotCache"):
         super().__init__()
-        self.cache, self.store = cache, None
+        self.cache, self.store = weakref.proxy(cache), None  # a cycle would keep the memory until garbage is collected
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Write states [rows, heads, new columns, width]; return those that the rows may see, [rows, heads, columns, width]."""
@@ -977,6 +985,7 @@ def memory_of(config: PreTrainedConfig, rank: int, tokens: int) -> dict[str, flo
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
     in_4_bits = sum(module.weight.numel() for module in linear)
     ends = sum(module.in_features + module.out_features for module in linear)
+    config = config.get_text_config()  # of a model that can see as well
     depth, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     token = 2 * 2 * groups * (getattr(config, "head_dim", None) or width // heads)  # of a layer's keys and values
@@ -1029,7 +1038,8 @@ def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
         times = [f"{step / 60:.1f} min", f"{12_000 * rollouts / 3600:.0f} h"] if parallel and train <= room else ["does not fit", "-"]
         lines.append(f"{context:8,} {train / 2**30:10.2f} GiB {most:>12} {cache / 2**30:10.2f} GiB {parallel:13,} {times[0]:>17} {times[1]:>18}")
     note = f"A step: {episodes} episodes (--tasks-per-step x --rollouts), at the speed that the data sheet of an RTX 3090 allows."
-    return "\n".join([*lines, f"Weights: {memory['weights'] / 2**30:.2f} GiB. Give --context and at most so many --parallel as are side by side. {note}"])
+    return "\n".join([*lines, f"Weights: {memory['weights'] / 2**30:.2f} GiB. Give --context, --micro-batch-tokens of the same size, and at most so many "
+                      f"--parallel as are side by side (fewer where the model itself plays users, who need a cache as well). {note}"])
 
 
 @contextmanager
@@ -1105,7 +1115,8 @@ def main() -> int:
             raise PolicyError("give --tasks FILE to train on, or --fit MODEL to see what fits on a GPU")
         open_benchmarks(options)
         tasks = list(read_tasks(options.tasks))
-        policy = load_policy(options.model, rank=options.rank, seed=options.seed)
+        with advice_on_memory(options.model):
+            policy = load_policy(options.model, rank=options.rank, seed=options.seed)
         options.out.mkdir(parents=True)
         optimizer = make_optimizer(policy, options.learning_rate)
         with Jail(allow_weak=options.allow_weak_jail) as jail, advice_on_memory(options.model):

@@ -469,7 +469,8 @@ def sort_out(episode: Challenger, known: list, held_out: HeldOut, filtered: bool
 def play_run(run: Run, options) -> dict:
     """Play all phases that the run has not finished yet; return the summary, which is also written to the folder."""
     open_benchmarks(options)
-    policy = load_policy(options.model, rank=options.rank, seed=options.seed)
+    with advice_on_memory(options.model):
+        policy = load_policy(options.model, rank=options.rank, seed=options.seed)
     optimizer = make_optimizer(policy, options.learning_rate)
     run.restore(policy, optimizer)
     suites = {name: load_suite(name, options.airline) for name in options.env}

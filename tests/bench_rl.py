@@ -87,6 +87,7 @@ def by_continuous_batching(policy: Policy, histories: list[list[int]], settings:
     """One call of transformers' continuous batching, whose paged cache needs no padding."""
     outputs = policy.model.get_base_model().generate_batch(inputs=histories, generation_config=settings, progress_bar=False)
     by_prompt = sorted(outputs.values(), key=lambda output: int(output.request_id.rpartition("_")[2]))
+    assert len(by_prompt) == len(histories) and not any(output.error for output in by_prompt)
     return [up_to_the_end(policy, output.generated_tokens) for output in by_prompt]
 
 
@@ -107,15 +108,21 @@ WAYS = {
 }
 
 
-def compare(policy: Policy, make_episodes: Callable[[], list[Episode]], turn_tokens: int, context: int, rounds: int) -> None:
-    """Play equal episodes in each way, the ways in turns, the rounds after one that warms up; print the medians of the speeds."""
+def compare(
+    policy: Policy, library: Policy, make_episodes: Callable[[], list[Episode]], turn_tokens: int, context: int, rounds: int
+) -> None:
+    """Play equal episodes in each way, the ways in turns, the rounds after one that warms up; print the medians of the speeds.
+
+    `policy` is for what the project does, `library` for what the library does, which takes models in their mode of evaluation:
+    on some CPUs bitsandbytes then packs the weights anew, for good, for another kernel.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in WAYS}
     for number in range(rounds + 1):
         for name, play in WAYS.items():
             torch.manual_seed(number)
             episodes = make_episodes()
             start = time.perf_counter()
-            trajectories = play(policy, episodes, seeded(policy.device, number), turn_tokens, context)
+            trajectories = play(policy if play is by_rollout else library, episodes, seeded(policy.device, number), turn_tokens, context)
             speeds[name].append(sum(sum(t.mask) for t in trajectories) / (time.perf_counter() - start))
     print(f"{'':38} {'tokens a second':>16} {'times the first':>16}")
     medians = {name: median(values[1:]) for name, values in speeds.items()}
@@ -164,9 +171,11 @@ class Talk(Episode):
 def measure_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
     """Print the peaks of a training step on one trajectory of `long` tokens and of rollouts up to `context` tokens, and the speeds."""
     config = shape_of(shape)
+    gc.collect()  # what is left of the shape before
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(gpu_gb * 2**30 * (1 - KEPT_FREE) / total)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_gb * 2**30 * (1 - KEPT_FREE) / total))
     with tempfile.TemporaryDirectory() as folder:
         random_model(shape, folder)
         policy = load_policy(folder)
@@ -177,7 +186,7 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
     peak, seconds, _ = peak_of(policy, train)
     report(f"train on {long:,} tokens", peak, training_bytes(memory_of(config, 8, long)), f", {seconds:.1f} s")
     memory = memory_of(config, 8, context)
-    parallel = min(16, most_parallel(memory, gpu_gb * 2**30 * (1 - KEPT_FREE)))
+    parallel = max(1, min(16, most_parallel(memory, gpu_gb * 2**30 * (1 - KEPT_FREE))))
     play = lambda: rollout(policy, [Talk(context // 4) for _ in range(16)], seeded(policy.device, 0),  # noqa: E731
                            parallel=parallel, turn_tokens=256, context=context)
     peak, seconds, trajectories = peak_of(policy, play)
@@ -190,7 +199,7 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
           f"{12_000 * sampled / 16 / (sampled / seconds) / 3600:,.1f} hours")
     if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(1.0)  # continuous batching takes what it finds free on the card itself
-    compare(policy, lambda: [Talk(context // 16) for _ in range(16)], 256, context // 4, rounds=1)
+    compare(policy, policy, lambda: [Talk(context // 16) for _ in range(16)], 256, context // 4, rounds=1)
 
 
 def count_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
@@ -226,7 +235,8 @@ def main() -> None:
         else:
             print(f"{shape}, tensors without numbers, counted")
             count_shape(shape, options.gpu_gb, options.context, options.trained)
-    policy = load_policy(options.model, options.adapter)
+    policy, library = load_policy(options.model, options.adapter), load_policy(options.model, options.adapter)
+    library.model.eval()
     everything = [task for suite in SUITES for task in load_suite(suite)]
     tasks = [everything[i * len(everything) // options.tasks] for i in range(options.tasks)]
     print(f"{options.model}, {len(tasks) * 8} episodes, {policy.device.type}, {platform.machine()}, {torch.get_num_threads()} threads; "
@@ -236,7 +246,7 @@ def main() -> None:
             jail.replies.clear()
             return [executor(jail, task) for task in tasks for _ in range(8)]
 
-        compare(policy, make_episodes, turn_tokens=176, context=512, rounds=options.rounds)
+        compare(policy, library, make_episodes, turn_tokens=176, context=512, rounds=options.rounds)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,6 @@ class LiveMemory(TorchDispatchMode):
         self.live, self.peak, self.storages = 0, 0, {tensor.untyped_storage()._cdata: None for tensor in known}
 
     def __torch_dispatch__(self, function: Callable, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
-        if function is torch.ops.aten.multinomial.default:  # which draws a number for each probability
-            self.peak = max(self.peak, self.live + arguments[0].nbytes)
         result = function(*arguments, **(keywords or {}))
         tree_map_only(torch.Tensor, self.count, result)
         return result

@@ -393,7 +393,7 @@ def scripted_user(lines):
 
 def test_a_rollout_with_a_scripted_user(checkouts, jail, policy):
     episodes = [conversation(jail) for _ in range(4)]
-    trajectories = rl.rollout(policy, episodes, rl.seeded("cpu", 1), user=scripted_user(["Hello", "Yes", "Yes"]), turn_tokens=12, context=400)
+    trajectories = rl.rollout(policy, episodes, rl.seeded(policy.device, 1), user=scripted_user(["Hello", "Yes", "Yes"]), turn_tokens=12, context=400)
     for episode, trajectory in zip(episodes, trajectories):
         assert episode.status == trajectory.status != "running"
         assert episode.messages[1]["content"] == "Customer:\nHello"
@@ -404,7 +404,7 @@ def test_a_rollout_with_a_scripted_user(checkouts, jail, policy):
 def test_the_policys_own_base_plays_the_user_whatever_the_adapter(checkouts, jail, policy):
     def first_words():
         episodes = [conversation(jail) for _ in range(3)]
-        rl.rollout(policy, episodes, rl.seeded("cpu", 2), turn_tokens=8, context=300)
+        rl.rollout(policy, episodes, rl.seeded(policy.device, 2), turn_tokens=8, context=300)
         return [episode.messages[1]["content"] for episode in episodes]
 
     before = first_words()

@@ -1,6 +1,7 @@
 """The policy: hand-computed advantages and losses, the mask, the invariants of the gradient, rollouts in the real jail."""
 import contextlib
 import dataclasses
+import gc
 import http.server
 import itertools
 import math
@@ -355,7 +356,7 @@ TASK = CodeAsTask(
 @pytest.fixture(scope="module")
 def played(policy, jail):
     episodes = [Executor(jail, TASK) for _ in range(12)]
-    return episodes, rollout(policy, episodes, seeded("cpu", 5), parallel=5)
+    return episodes, rollout(policy, episodes, seeded(policy.device, 5), parallel=5)
 
 
 def test_the_trainer_sees_the_sampler_s_probabilities(policy, played):
@@ -386,16 +387,16 @@ def test_a_trajectory_reads_as_the_chat_template_renders_it(policy, played):
 
 
 def test_a_rollout_is_reproducible_and_does_not_depend_on_the_past(policy, jail, played):
-    again = rollout(policy, [Executor(jail, TASK) for _ in range(12)], seeded("cpu", 5), parallel=5)
+    again = rollout(policy, [Executor(jail, TASK) for _ in range(12)], seeded(policy.device, 5), parallel=5)
     assert [t.tokens for t in again] == [t.tokens for t in played[1]]
 
 
 def test_a_rollout_ends_at_the_context(policy, jail):
     prompt = len(prompt_tokens(policy.tokenizer, Executor(jail, TASK).messages))
-    trajectories = rollout(policy, [Executor(jail, TASK)], seeded("cpu", 1), context=prompt + 1)
+    trajectories = rollout(policy, [Executor(jail, TASK)], seeded(policy.device, 1), context=prompt + 1)
     assert trajectories[0].status in ("out of context", "answered")
     with pytest.raises(PolicyError, match="raise it"):
-        rollout(policy, [Executor(jail, TASK)], seeded("cpu", 1), context=prompt)
+        rollout(policy, [Executor(jail, TASK)], seeded(policy.device, 1), context=prompt)
 
 
 class Script(Episode):
@@ -416,7 +417,7 @@ class Script(Episode):
 def test_greedy_turns_depend_neither_on_the_slots_nor_on_who_shares_a_prompt(policy, jail):
     """Alone, five at a time and all together: the same tokens, and log-probabilities that differ by rounding only."""
     tasks = [dataclasses.replace(TASK, seed=seed) for seed in (3, 3, 3, 4, 5, 3, 4)]
-    played = [rollout(policy, [Executor(jail, task) for task in tasks], seeded("cpu", 1), temperature=0, parallel=parallel, turn_tokens=60)
+    played = [rollout(policy, [Executor(jail, task) for task in tasks], seeded(policy.device, 1), temperature=0, parallel=parallel, turn_tokens=60)
               for parallel in (1, 3, 7)]
     for other in played[1:]:
         for one, same in zip(played[0], other):
@@ -426,7 +427,7 @@ def test_greedy_turns_depend_neither_on_the_slots_nor_on_who_shares_a_prompt(pol
 
 def test_a_long_prompt_goes_in_pieces_and_no_pass_is_larger_than_it_may_be(policy, jail, monkeypatch):
     tasks, limits = [dataclasses.replace(TASK, seed=seed) for seed in (3, 4, 5)], {"temperature": 0, "parallel": 3, "turn_tokens": 60}
-    whole = rollout(policy, [Executor(jail, task) for task in tasks], seeded("cpu", 1), **limits)
+    whole = rollout(policy, [Executor(jail, task) for task in tasks], seeded(policy.device, 1), **limits)
     passes, advance = [], rl.advance
 
     def counted(policy, cache, slots, tokens, starts):
@@ -438,7 +439,7 @@ def test_a_long_prompt_goes_in_pieces_and_no_pass_is_larger_than_it_may_be(polic
     monkeypatch.setattr(rl, "advance", counted)
     monkeypatch.setattr(rl, "FEED_TOKENS", 8)
     monkeypatch.setattr(rl, "FEED_COLUMNS", 64)
-    pieces = rollout(policy, [Executor(jail, task) for task in tasks], seeded("cpu", 1), **limits)
+    pieces = rollout(policy, [Executor(jail, task) for task in tasks], seeded(policy.device, 1), **limits)
     assert [t.tokens for t in pieces] == [t.tokens for t in whole]
     assert len(passes) > 3 and all(rows * width <= 8 and (rows == 1 or rows * columns <= 64) for rows, width, columns in passes)
 
@@ -447,7 +448,7 @@ def test_no_trajectory_is_longer_than_the_context_and_a_full_cache_changes_nothi
     tasks = [dataclasses.replace(TASK, seed=seed) for seed in (3, 4, 5, 6)]
     longest = max(len(prompt_tokens(policy.tokenizer, Executor(jail, task).messages)) for task in tasks)
     for context in (longest + 1, longest + 20, longest + 45):
-        alone, together = [rollout(policy, [Executor(jail, task) for task in tasks], seeded("cpu", 1), temperature=0, parallel=parallel,
+        alone, together = [rollout(policy, [Executor(jail, task) for task in tasks], seeded(policy.device, 1), temperature=0, parallel=parallel,
                                    turn_tokens=60, context=context) for parallel in (1, 4)]
         assert [t.tokens for t in alone] == [t.tokens for t in together]
         assert all(len(t.tokens) <= context for t in alone)
@@ -461,7 +462,7 @@ def test_a_prompt_that_rollouts_share_is_computed_once(policy, jail, monkeypatch
         return advance(policy, cache, slots, tokens, starts)
 
     monkeypatch.setattr(rl, "advance", counted)
-    trajectories = rollout(policy, [Executor(jail, TASK) for _ in range(6)], seeded("cpu", 5), parallel=2)
+    trajectories = rollout(policy, [Executor(jail, TASK) for _ in range(6)], seeded(policy.device, 5), parallel=2)
     prompt = len(prompt_tokens(policy.tokenizer, Executor(jail, TASK).messages))
     assert len(trajectories) == 6 and fed == [prompt - 1]  # its last token is where each begins to sample
 
@@ -469,12 +470,35 @@ def test_a_prompt_that_rollouts_share_is_computed_once(policy, jail, monkeypatch
 def test_a_model_with_a_sliding_window_keeps_to_it(policy, monkeypatch):
     monkeypatch.setattr(policy.model.config, "sliding_window", 64, raising=False)
     with pytest.raises(PolicyError, match="sliding window of 64 tokens"):
-        rollout(policy, [Script(1)], seeded("cpu", 2), context=512)
+        rollout(policy, [Script(1)], seeded(policy.device, 2), context=512)
+
+
+def test_a_nested_configuration_tells_its_sliding_window_too(policy, monkeypatch):
+    monkeypatch.setattr(policy.model.config, "get_text_config", lambda: SimpleNamespace(sliding_window=64))
+    with pytest.raises(PolicyError, match="sliding window of 64 tokens"):
+        rollout(policy, [Script(1)], seeded(policy.device, 2), context=512)
+
+
+def test_the_cache_is_freed_with_the_last_episode(policy):
+    """At once, and not when garbage is collected some day: the gradient step that follows needs its memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        rollout(policy, [Script(2), Script(1)], seeded(policy.device, 2), turn_tokens=4)
+        assert not [thing for thing in gc.get_objects() if type(thing) is rl.SlotCache]
+    finally:
+        gc.enable()
+
+
+def test_probabilities_that_are_no_numbers_are_one_sentence(policy, monkeypatch):
+    monkeypatch.setattr(rl, "advance", lambda policy, cache, slots, *_: torch.full((len(slots), 8), math.nan))
+    with pytest.raises(PolicyError, match="lower --learning-rate"):
+        rollout(policy, [Script(1)], seeded(policy.device, 2))
 
 
 def test_every_episode_gets_its_turns_whatever_the_batch(policy):
     episodes = [Script(turns) for turns in (1, 3, 2, 1, 4)]
-    trajectories = rollout(policy, episodes, seeded("cpu", 2), parallel=2, turn_tokens=4)
+    trajectories = rollout(policy, episodes, seeded(policy.device, 2), parallel=2, turn_tokens=4)
     assert [episode.left for episode in episodes] == [0] * 5
     assert all(episode.closed for episode in episodes)
     assert [sum(m["role"] == "assistant" for m in e.messages) for e in episodes] == [1, 3, 2, 1, 4]
@@ -487,7 +511,7 @@ def test_what_a_turn_breaks_is_not_passed_over(policy):
             raise JailError("the jail is closed")
 
     with pytest.raises(JailError):
-        rollout(policy, [Broken(1), Broken(3)], seeded("cpu", 2), turn_tokens=4)
+        rollout(policy, [Broken(1), Broken(3)], seeded(policy.device, 2), turn_tokens=4)
 
 
 def test_the_executor_is_rewarded_by_the_state_it_leaves(jail):
@@ -572,7 +596,7 @@ def test_any_chat_model_plays_learns_and_is_saved(another, tmp_path):
     assert len(list(another.glob("*.safetensors"))) > 1
     policy = load_policy(str(another), seed=1)
     episodes = [Script(turns) for turns in (1, 3, 2)]
-    trajectories = rollout(policy, episodes, seeded("cpu", 2), turn_tokens=8)
+    trajectories = rollout(policy, episodes, seeded(policy.device, 2), turn_tokens=8)
     assert [policy.tokenizer.apply_chat_template(e.messages, tokenize=False).startswith(policy.tokenizer.decode(t.tokens[:t.mask.index(True)]))
             for e, t in zip(episodes, trajectories)] == [True] * 3
     figures = reinforce_step(policy, make_optimizer(policy, 1e-2), trajectories, torch.tensor([1.0, -1.0, 0.5]))
@@ -722,6 +746,12 @@ def test_a_gated_model_is_one_sentence(tmp_path):
         hub.shutdown()
     assert done.returncode == 2 and "gated repo" in done.stderr and "hf auth login" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_for_which_the_memory_does_not_suffice_ends_in_advice(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(rl, "load_base", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    monkeypatch.setattr("sys.argv", ["rl.py", "--tasks", os.devnull, "--out", str(tmp_path / "out")])
+    assert rl.main() == 2 and "--fit tiny" in capsys.readouterr().err
 
 
 def test_a_lack_of_memory_ends_in_advice():
