@@ -505,7 +505,7 @@ def comparison_section(runs: list[dict]) -> str:
             f"below the comparison, this page is about the first of them, {shown(runs[0]['path'])}. Bars and figures are means over "
             "runs, ± one standard error over runs, which a single run does not have; pale bars are before training.")
     colours = {label: f"c{place % 5}" for place, label in enumerate(groups)}
-    named = legend((colours[label], f"{label} ({len(members)})") for label, members in groups.items())
+    named = legend((colours[label], f"{label} (runs: {len(members)})") for label, members in groups.items())
     rows = [[run["path"], run["config"].get("seed", "?"), label, *row] for label, members in groups.items() for run in members
             for row in result_rows(run["summary"].get("before", {}), run["summary"].get("after", {})) or [["not finished"]]]
     return section("Comparison", note, named, *group_results(groups, colours), group_curves(groups, colours),
@@ -567,8 +567,8 @@ def filter_section(counts: dict | None, rejected: list[dict], tasks: list[dict])
     counts = counts or {**Counter(str(line.get("stage")) for line in rejected), "ok": len(tasks)}
     kinds: dict[str, list[dict]] = {}  # a kind: the same stage, and the same first words but for numbers
     for line in rejected:
-        reason = str(line.get("reason")).split("\n")[0][:80]
-        kinds.setdefault(f"{line.get('stage')}: {re.sub('[0-9]+', '#', reason)}", []).append(line)
+        reason = str(line.get("reason")).split("\n")[0][:80].rstrip(":")
+        kinds.setdefault(f"{line.get('stage')}: {re.sub('[0-9]+', 'N', reason)}", []).append(line)
     frequent = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
     examples = [folded(kind, f"× {len(lines)}", task_parts(lines[0])) for kind, lines in frequent]
     parts = [bars(survivors(counts)), "<h3>Why tasks were rejected</h3>", *examples] if any(counts.values()) else []
@@ -684,6 +684,7 @@ h3 { margin: 1.75rem 0 .5rem; font-size: 1rem; } h4 { margin: .9rem 0 .25rem; fo
 .note, small, .legend { color: var(--quiet); font-size: .88rem; } .note { margin: .3rem 0 1.1rem; } summary { cursor: pointer; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .88rem; white-space: nowrap; }
 th, td { padding: .4rem .9rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left; } th { color: var(--quiet); }
+@media (max-width: 30rem) { table { font-size: .74rem; } th, td { padding-right: .45rem; } }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 0 1rem; }
 figure, details { margin: .6rem 0; padding: .65rem .95rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; } svg { display: block; width: 100%; max-width: 28rem; margin: .3rem auto 0; }

@@ -48,6 +48,7 @@ from tqdm import tqdm
 
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing")  # a new name is coming; peft uses the old one, too
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces optional kernels that we do not need
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt when there is no network
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # of a GPU's memory less is lost in gaps; read at its first use
 torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, and in a rollout each token brings another
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
@@ -117,6 +118,8 @@ def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, see
     Raises PolicyError if the model is missing or broken, or has no chat template.
     """
     path = HERE / "tiny" if name == "tiny" else name
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise PolicyError(f"there is no model folder {name!r}: give a folder, or the name of a model on the hub, such as owner/name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         base = load_base(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
@@ -1127,7 +1130,7 @@ def main() -> int:
                 policy.model.save_pretrained(options.out / "adapter")
         print(f"adapter: {options.out / 'adapter'}")
 
-    return guarded("rl.py", work, lambda: f"what is finished is in {options.out}")
+    return guarded("rl.py", work, lambda: f"what is finished is in {options.out}" if options.out.exists() else "nothing was begun")
 
 
 if __name__ == "__main__":

@@ -155,7 +155,9 @@ def check_type(what: str, value: Any, expected: type | UnionType) -> None:
 # ---------------------------------------------------------------------------------------------------
 # calculator: judged by the answer
 #
-# One task is followed through all five files, from the challenger to the gradient (seed 0 of the default run). Its world:
+# One task is followed through all five files, from the challenger to the gradient (seed 0 of the default run). Here is its
+# world; verify.py judges what the challenger hands in, rl.py learns from it, eval.py measures on a cousin of it, and
+# selfchallenge.py, the last file, has the challenger's turns.
 #   world = make_environment("calculator", seed=10)
 #   world.starting_point()              'Start from the item tea.'    what the challenger is told
 #   world.call("amount", ["tea"], {})   14                            how a call arrives from the jail: as data
@@ -365,7 +367,7 @@ class Benchmark:
 
     def clone(self) -> str:
         """Return the commands that make a checkout."""
-        return f"git clone {self.url} and git checkout {self.commit}"
+        return f"git clone {self.url} && git -C {self.url.rpartition('/')[2]} checkout {self.commit}"
 
     def find(self, path: str | Path, any_version: bool = False) -> Path:
         """Return the benchmark's folder in a checkout; raises BenchmarkError if it is missing, damaged or another version."""

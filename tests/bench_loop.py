@@ -77,10 +77,11 @@ def main() -> None:
     for what in runs[True][0]:
         jailed, free = [min(run[what] for run in runs[which]) for which in (True, False)]
         every = "   ".join(" ".join(f"{run[what]:.1f}" for run in runs[which]) for which in (True, False))
-        print(f"{what:12} {jailed:14.1f} {free:8.1f} {jailed / free - 1:7.0%}   (of {every})")
+        added = f"{jailed / free - 1:7.0%}" if what not in ("pauses", "children") else " " * 7
+        print(f"{what:12} {jailed:14.1f} {free:8.1f} {added}   (of {every})")
     pauses, others = [median(run["pauses"] for run in runs[which]) for which in (True, False)]
     rest = median(run["in all"] - run["pauses"] for run in runs[True])
-    print(f"pauses of {pauses:.1f} s instead of {others:.1f} beside {rest:.1f} s of other work: {(pauses - others) / (rest + others):.0%} added")
+    print(f"medians: pauses of {pauses:.1f} s instead of {others:.1f}, beside {rest:.1f} s of other work: {(pauses - others) / (rest + others):.0%} added")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast episodes are played, beside what one would write instead, and what large models need: all in one run.
+"""How fast episodes are played, beside what one would write instead; or what large models need.
 
     python tests/bench_rl.py                            (the embedded model, on a CPU)
     python tests/bench_rl.py --shapes meta-llama/Llama-3.2-1B-Instruct meta-llama/Llama-3.2-3B-Instruct \\
@@ -8,7 +8,7 @@ The same episodes, in turns: by a plain `generate` on the padded history at ever
 batching at every turn, and by `rollout`. The rounds alternate, so that a busy spell of the machine meets all alike;
 the table shows the medians. What is sampled differs, so tokens a second are compared, of those that the model sampled.
 
-With --shapes each model is also trained on one trajectory of the paper's context, and plays 16 episodes of 8,192 tokens, as
+With --shapes each model is trained on one trajectory of the paper's context, and plays 16 episodes of 8,192 tokens, as
 many at once as `rl.py --fit` says, under a cap on the memory that stands in for the card. The peaks stand beside what
 --fit predicts. Then 16 shorter episodes are played in the three ways. Weights are random, so every turn runs until it is
 cut; speed and memory do not depend on that. Without a GPU the code of training and rollouts runs on tensors that have
@@ -235,6 +235,8 @@ def main() -> None:
         else:
             print(f"{shape}, tensors without numbers, counted")
             count_shape(shape, options.gpu_gb, options.context, options.trained)
+    if options.shapes:
+        return
     policy, library = load_policy(options.model, options.adapter), load_policy(options.model, options.adapter)
     library.model.eval()
     everything = [task for suite in SUITES for task in load_suite(suite)]

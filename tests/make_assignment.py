@@ -117,10 +117,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="where the copy is to be written; it must not exist yet")
     try:
-        make_copy(parser.parse_args().folder)
+        folder = parser.parse_args().folder
+        make_copy(folder)
     except (AssignmentError, OSError) as error:
         print(f"make_assignment.py: {error}", file=sys.stderr)
         return 2
+    print(f"{folder}: the students' copy, with {len(all_exercises())} exercises to solve; {folder / 'tests' / 'COURSE.md'} says how")
     return 0
 
 

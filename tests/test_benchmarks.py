@@ -100,7 +100,7 @@ def test_a_world_without_a_checkout_says_which_one_it_needs():
 
 def test_what_is_no_checkout_gets_a_sentence(tmp_path):
     for benchmark in (tools.M3TOOLEVAL, tools.TAU_BENCH):
-        with pytest.raises(BenchmarkError, match=f"no checkout of {benchmark.name}.*git clone {benchmark.url} and git checkout {benchmark.commit}"):
+        with pytest.raises(BenchmarkError, match=f"no checkout of {benchmark.name}.*git clone {benchmark.url} && git -C .* checkout {benchmark.commit}"):
             benchmark.find(tmp_path)
 
 
