@@ -221,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="How fast episodes are played, and what else one could do.")
     parser.add_argument("--model", default="tiny", help="a model folder or a hub name")
     parser.add_argument("--adapter", help="the folder of a trained adapter")
-    parser.add_argument("--tasks", type=int, default=16, help="tasks, of which 8 episodes each are played")
+    parser.add_argument("--tasks", type=int, default=32, help="tasks, of which 8 episodes each are played")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
     parser.add_argument("--shapes", nargs="+", default=[], metavar="MODEL", help="measure models of random weights in these shapes, or, without a GPU, count their tensors")
     parser.add_argument("--gpu-gb", type=float, default=24, help="the card that a cap on the memory stands in for")
