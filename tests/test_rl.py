@@ -632,9 +632,10 @@ def test_logits_that_are_not_those_of_one_linear_layer_are_refused(tmp_path):
         load_policy(str(folder))
 
 
-def test_a_missing_model_is_one_sentence():
-    with pytest.raises(PolicyError, match="cannot load the model"):
-        load_policy("./no/such-model")
+@pytest.mark.parametrize("name, said", [("./no/such-model", "there is no model folder"), ("no such name", "cannot load the model")])
+def test_a_missing_model_is_one_sentence(name, said):
+    with pytest.raises(PolicyError, match=said):
+        load_policy(name)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -334,7 +334,7 @@ def test_a_lost_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path, 
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--model", "./no/such-model"], "cannot load the model"),
+        (["--model", "./no/such-model"], "there is no model folder"),
         (["--resume", "nowhere"], "no run to resume"),
         (["--env", "chess"], "invalid choice"),
         (["--steps", "many"], "invalid int"),
