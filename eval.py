@@ -181,7 +181,7 @@ def play_reference(jail: Jail, task: CodeAsTask | BenchmarkTask) -> bool:
     if isinstance(task, BenchmarkTask):
         return judge_benchmark(jail, task, environment, environment.solve(task.number)).passed
     with jail.session(environment) as session:
-        outcome = session.run(task.solution, "result")
+        outcome = session.run(task.solution)
     return outcome.error is None and evaluate(jail, task, environment, outcome.value).passed
 
 

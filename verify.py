@@ -22,7 +22,6 @@ import contextlib
 import ctypes
 import functools
 import gc
-import hashlib
 import io
 import itertools
 import json
@@ -57,8 +56,6 @@ LINE_BYTES = 1024 * 1024         # in a line of a task file
 ANSWER_CHARACTERS = 4_000        # in a final answer
 OBSERVATION_CHARACTERS = 4_000   # that a model sees of the output of an action
 TOOL_CALLS = 1_000               # in an action
-REPLIES = 100_000                # that a jail remembers
-REPLY_BYTES = 4_096              # in a reply that is remembered
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -193,14 +190,9 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 
 
 # ---------------------------------------------------------------------------------------------------
-# INSIDE THE JAIL, 1: the walls around a child
+# INSIDE THE JAIL: the walls (on a first reading go on at "verdicts, and the filter")
 #
-# (On a first reading this page is enough; go on at "verdicts, and the filter": session.run(code) returns an Outcome.)
-#
-# What holds model-written code is two pages: the walls (1) and the server that puts children behind them (2). Then comes
-# how one talks with a child: its life (3), the data on the pipe (4), and sessions, the parent's end (5).
-#
-# The layers, each with what it stops, and where it stands below:
+# The layers, each with the attack that it stops, and where it stands below:
 #   a process of its own      patched built-ins, frames, gc: code under test shares no memory with the verdict (fork_child)
 #   data on a pipe            printed success, exit codes, objects that equal everything: none of them is True (plain)
 #   state outside             reading or changing the world other than by its tools (call_tool, here and in Session)
@@ -210,13 +202,8 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 #   nothing to find           no environment variables, no open files, no code of this project to import (inside, serve)
 #   two servers, two seeds    a verdict that follows hashes or chance: what is kept has the same ones on both (judge)
 #
-# The way of one check: Session.run asks a ForkServer for a child, and gets the pipe to one that has been forked and
-# confined. It sends the code. The child carries it out (live); where the code calls a tool, the call comes back as data,
-# is executed on the episode's state, and its result is sent down. At last the child sends what was printed, and a value
-# or an error. The parent reads a verdict out of that value (evaluate), and has the child killed.
-#
-# A fork server executes the text from here to OUTSIDE and nothing else of the project: with tools.py in its
-# memory, model-written code could compute the hidden states. It forks a child for each untrusted author.
+# A fork server executes the text from here to OUTSIDE and nothing else of the project: with tools.py in its memory,
+# model-written code could compute the hidden states. It forks a child for each untrusted author.
 
 MEMORY_BYTES = 256 * 1024 * 1024  # of address space in a child
 PROCESSOR_SECONDS = 60            # in the life of a child; the parent sets a wall deadline to each action
@@ -289,11 +276,8 @@ def make_confine(strong: bool) -> Callable[[], None]:
     return confine
 
 
-# ---------------------------------------------------------------------------------------------------
-# the jail, 2: the fork server, which has one thread and little memory, since that is what a fork costs
-
 def serve(descriptor: int, seed: int, strong: bool) -> None:
-    """Answer the parent: 0 asks for a child, which is sent with the channel to it; a pid, that this child be ended.
+    """The fork server: 0 from the parent asks for a child, which is sent with the channel to it; a pid, that it be ended.
 
     A child is forked before it is asked for, while the parent still works with the one before, and reaped only
     when it is ended, so that a pid never comes to mean another process. When the control socket is closed the
@@ -351,29 +335,42 @@ def rehearse() -> None:
     for code in ["print(len('rehearsal'))", "1 / 0"] * 10:
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            send(ours.fileno(), {"tools": ["tool"], "code": code, "name": "", "arguments": None})
+            send(ours.fileno(), {"tools": ["tool"], "code": code, "arguments": None})
             ours.shutdown(socket.SHUT_WR)
             live(theirs.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------
-# the jail, 3: the life of a child
+# the life of a child, and data on the pipe
 
 def live(channel: int) -> None:
-    """The life of a child: carry out requests, of which the first names the tools, until the pipe is closed."""
+    """Run the code of one request after the other, the first of which names the tools, until the pipe is closed."""
     variables = vars(sys.modules["__main__"])
     for number in itertools.count(1):
         if not (request := receive(channel)):
             return
+        variables.update({name: functools.partial(call_tool, channel, name) for name in request.get("tools", ())})
         sys.stdout = sys.stderr = printed = Printed()
-        value = error = None
+        file, error, value = f"<action {number}>", None, None
         try:
-            variables.update({name: functools.partial(call_tool, channel, name) for name in request.pop("tools", ())})
-            value = carry_out(variables, f"<action {number}>", **request)
+            linecache.cache[file] = (0, None, request["code"].splitlines(keepends=True), file)  # for tracebacks
+            exec(compile(request["code"], file, "exec", dont_inherit=True), variables)
+            value = variables.get("result") if request["arguments"] is None else evaluated(variables, request["arguments"])
         except BaseException as failure:  # SystemExit too: the process is still needed
             error = explain(failure)
-        text = printed.getvalue().encode(errors="replace").decode()
-        send(channel, {"printed": text, "error": error, "value": value})
+        reply = {"printed": printed.getvalue().encode(errors="replace").decode(), "error": error}
+        try:
+            send(channel, plain(reply | {"value": value}))
+        except BaseException:  # it is no plain data, or too much of it
+            send(channel, reply | {"value": f"<{type(value).__name__}>"})
+
+
+def evaluated(variables: dict, arguments: list) -> Any:
+    """Return what evaluate() or evaluate(answer) returns, called with as many of the arguments as it takes."""
+    if "evaluate" not in variables:
+        raise NameError("the code does not define evaluate")
+    takes = getattr(variables["evaluate"], "__code__", None)  # which a class, for one, does not have
+    return variables["evaluate"](*arguments[:takes.co_argcount if takes else None])
 
 
 class Printed(io.StringIO):
@@ -382,22 +379,6 @@ class Printed(io.StringIO):
     def write(self, text: str) -> int:
         super().write(text[:max(0, PRINTED_CHARACTERS - self.tell())])
         return len(text)
-
-
-def carry_out(variables: dict, filename: str, code: str, name: str, arguments: list | None) -> Any:
-    """Run code; then return the variable of this name, or, given arguments, what it returns when called with them."""
-    linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)  # for tracebacks
-    exec(compile(code, filename, "exec", dont_inherit=True), variables)
-    if arguments is None:
-        try:
-            return plain(variables.get(name))
-        except ValueError:
-            return None
-    if name not in variables:
-        raise NameError(f"the code does not define {name}")
-    if hasattr(variables[name], "__code__"):  # evaluate() and evaluate(answer) are called alike
-        arguments = arguments[:variables[name].__code__.co_argcount]
-    return plain(variables[name](*arguments))
 
 
 def explain(failure: BaseException) -> str:
@@ -421,14 +402,8 @@ def call_tool(channel: int, tool: str, /, *arguments: Any, **keywords: Any) -> A
     return reply["value"]
 
 
-# ---------------------------------------------------------------------------------------------------
-# the jail, 4: data on the pipe
-
-DECODER = json.JSONDecoder()  # `loads` would ask several things first, and each page that is touched costs a copy
-
-
-def send(channel: int, message: Any) -> None:
-    """Write a message to the pipe."""
+def send(channel: int, message: dict) -> None:
+    """Write a message to the pipe; raises ValueError if it is too long."""
     line = pack(message)
     while line:
         line = line[os.write(channel, line):]
@@ -438,15 +413,14 @@ def receive(channel: int) -> dict | None:
     """Read a message from the pipe; None means that the other end is closed."""
     line = b""
     while not line.endswith(b"\n"):
-        piece = os.read(channel, 65_536)
-        if not piece:
+        if not (piece := os.read(channel, 65_536)):
             return None
         line += piece
-    return DECODER.raw_decode(line.decode())[0]
+    return json.loads(line)
 
 
-def pack(message: Any) -> bytes:
-    """Return the line that carries plain data through the pipe; raises ValueError if it is too long."""
+def pack(message: dict) -> bytes:
+    """Return the line of JSON that carries plain data through the pipe; raises ValueError if it is too long."""
     line = json.dumps(message).encode() + b"\n"
     if len(line) > MESSAGE_BYTES:
         raise ValueError(f"more than {MESSAGE_BYTES:,} bytes of data")
@@ -472,7 +446,12 @@ def plain(value: Any, nesting: int = NESTING) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------
-# OUTSIDE: the jail, 5: the parent's end
+# OUTSIDE: the parent's end of the jail
+#
+# The way of one check: Session.run asks a ForkServer for a child, which has been forked and confined, and sends it the
+# code. Where that calls a tool, the call comes back as data, is executed on the episode's state, and its result is sent
+# down. At last the child sends what was printed, and a value or an error. That, as data, is the Outcome, of
+# which this process makes a verdict (`evaluate`); the child is killed.
 
 class JailError(RuntimeError):
     """This system cannot have the jail, or has broken it; the message is a sentence for the user."""
@@ -491,7 +470,7 @@ class Outcome:
 
     printed: str
     error: str | None  # the end of the traceback, or a sentence about a timeout or a crash
-    value: Any = None  # of a variable, or what a function returned, as plain data
+    value: Any = None  # without an error: see Session.run; of what is no plain data only the "<type>"
 
 
 def observation(outcome: Outcome) -> str:
@@ -557,23 +536,20 @@ class ForkServer:
                 if self.closed:
                     raise JailError("the jail is closed")
                 try:
-                    return self.control, *self.ask_for_child()
-                except BaseException as failure:  # an interrupt too: the next request would take the reply for its own
+                    self.control.sendall(struct.pack("q", 0))
+                    pid, channels, _, _ = socket.recv_fds(self.control, 8, 1)
+                except OSError:
+                    pid, channels = b"", []
+                except BaseException:  # an interrupt: the next request would take the reply for its own
                     self.stop()
-                    if not isinstance(failure, OSError):
-                        raise
+                    raise
+                if channels:
+                    return self.control, struct.unpack("q", pid)[0], socket.socket(fileno=channels[0])
+                self.stop()
+                if pid:
+                    raise JailError("the jail can open no more channels: too many files are open (see ulimit -n)")
                 self.start()
         raise JailError("the jail's servers end as soon as they start: is the system out of memory or processes?")
-
-    def ask_for_child(self) -> tuple[int, socket.socket]:
-        """Return the pid of a child and the channel to it; raises OSError if the server is stuck or dead."""
-        self.control.sendall(struct.pack("q", 0))
-        reply, channels, _, _ = socket.recv_fds(self.control, 8, 1)
-        if not reply:
-            raise ConnectionError("the fork server has ended")
-        if not channels:
-            raise JailError("the jail can open no more channels: too many files are open (see ulimit -n)")
-        return struct.unpack("q", reply)[0], socket.socket(fileno=channels[0])
 
 
 class Jail(contextlib.AbstractContextManager):
@@ -586,7 +562,7 @@ class Jail(contextlib.AbstractContextManager):
     def __init__(self, servers: int = 2, seconds: float = 2.0, allow_weak: bool = False):
         if not hasattr(os, "fork"):
             raise JailError("the jail needs a system with fork: on Windows, run this project inside WSL")
-        self.seconds, self.replies = seconds, {}  # the replies of children, by all that they had been sent until then
+        self.seconds = seconds
         known = sys.platform == "linux" and os.uname().machine in MACHINES
         for self.strong in [True] * known + [False] * allow_weak:
             self.servers = [ForkServer(seed, self.strong) for seed in range(1, servers + 1)]
@@ -612,7 +588,7 @@ class Jail(contextlib.AbstractContextManager):
         """Return, for each thing that a child of the jail just tried, whether the system refused it."""
         with socket.create_server(("127.0.0.1", 0)) as listener, self.session(None) as session:
             probe = PROBE.format(path=__file__, port=listener.getsockname()[1], parent=os.getpid())
-            return session.run(probe, "refused").value or {"everything": False}
+            return session.run(probe).value or {"everything": False}
 
     def describe(self) -> str:
         """Return a line for the user about what the jail refuses to model-written code, as tried out just now."""
@@ -628,121 +604,92 @@ attempts = {{
     "starting a process": lambda: os.fork() or os._exit(0),
     "signalling the parent": lambda: os.kill({parent}, 0),
 }}
-refused = dict.fromkeys(attempts, False)
+result = dict.fromkeys(attempts, False)
 for name, attempt in attempts.items():
     try:
         attempt()
     except OSError:
-        refused[name] = True
+        result[name] = True
 """
 
 
 class Session(contextlib.AbstractContextManager):
     """A child for one untrusted author, whose variables last from action to action, as in a notebook.
 
-    What a child replies follows from its random seed and what it was sent, so the jail remembers it. A child is started
-    only for what is new, and then is told all that came before: the rollouts of a task, which often begin alike, share
-    their work. A child that is late or crashes is ended, and the next action begins with another.
+    A child is started by the first action. One that is late or crashes is ended, and the next action begins with another.
     """
 
     def __init__(self, jail: Jail, environment: Environment | None, server: ForkServer):
         self.jail, self.environment, self.server = jail, environment, server
-        self.channel = None  # the socket to the child, while there is one
-        self.close()  # which also sets the empty past
+        self.channel: socket.socket | None = None  # to the child, while there is one
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
     def close(self) -> None:
         """End the child, if there is one."""
-        self.sent, self.told, self.actions = [], 0, 0           # messages, how many of them the child has, actions begun
-        self.past = hashlib.sha256(b"%d\n" % self.server.seed)  # of the seed and the messages: what the replies follow from
         if self.channel is not None:
             self.channel.close()
             self.channel = None
             with contextlib.suppress(OSError):  # a server that is gone has taken its children along
                 self.control.sendall(struct.pack("q", self.pid))
 
-    def run(self, code: str, name: str = "", arguments: list | None = None) -> Outcome:
+    def run(self, code: str, arguments: list | None = None) -> Outcome:
         """Run code, and meanwhile execute its tool calls; the outcome holds what it printed, and what ended it early.
 
-        Its value is the variable `name`, None if there is none or if it is not plain data; or, given arguments,
-        what the function of this name returns, called with as many of them as it takes.
+        Its value is the variable `result`; or, given arguments, what the function `evaluate` returns, called with as many
+        of them as it takes.
         """
         if problem := text_problem(code):
             return Outcome("", f"the code {problem}")
-        request = {"code": code, "name": name, "arguments": arguments}
-        if not self.sent:
+        request = {"code": code, "arguments": arguments}
+        if self.channel is None:
             request["tools"] = list(self.environment.tools()) if self.environment else []
         try:
             message = pack(plain(request))
         except ValueError as error:
             return Outcome("", f"the arguments cannot reach the code: {error}")
-        self.actions += 1
-        self.deadline = time.monotonic() + self.jail.seconds
         try:
-            for calls in itertools.count(1):
-                match self.reply(message):
-                    case {"tool": str(name), "arguments": list(arguments), "keywords": dict(keywords)}:
-                        message = self.call_tool(name, arguments, keywords, calls)
-                    case {"printed": str(printed), "error": str() | None as error, "value": value}:
-                        return Outcome(printed, error, value)
-                    case _:
-                        raise ChildLost(NONSENSE)
+            return self.converse(message)
         except ChildLost as loss:
             self.close()
             return Outcome("", f"{loss}; the variables of earlier actions are lost")
 
-    def reply(self, message: bytes) -> Any:
-        """Return the reply to the next message, from memory or from a child; raises ChildLost if there is none."""
-        self.sent.append(message)
-        self.past.update(message)
-        past = self.past.digest()
-        line = self.jail.replies.get(past) or self.ask_child()
-        try:
-            reply = plain(json.loads(line))
-        except (ValueError, RecursionError):
-            raise ChildLost(NONSENSE) from None
-        if len(line) <= REPLY_BYTES:
-            if len(self.jail.replies) >= REPLIES:
-                self.jail.replies.clear()
-            self.jail.replies[past] = line
-        return reply
-
-    def ask_child(self) -> bytes:
-        """Send the messages that the child does not have yet, and return its reply to the last one."""
+    def converse(self, message: bytes) -> Outcome:
+        """Send the child a request, then the result of each of its tool calls; return the outcome that it tells."""
         if self.channel is None:
             self.control, self.pid, self.channel = self.server.child()
-            self.deadline = time.monotonic() + self.actions * self.jail.seconds  # for this action, and to repeat the others
-        for message in self.sent[self.told:]:
-            line = self.exchange(message)
-            self.told += 1
-        return line
+        deadline = time.monotonic() + self.jail.seconds
+        for calls in itertools.count(1):
+            match self.exchange(message, deadline):
+                case {"tool": str(name), "arguments": list(arguments), "keywords": dict(keywords)}:
+                    message = self.call_tool(name, arguments, keywords, calls)
+                case {"printed": str(printed), "error": str(error), "value": _}:
+                    return Outcome(printed, error)
+                case {"printed": str(printed), "error": None, "value": value}:
+                    return Outcome(printed, None, value)
+                case _:
+                    raise ChildLost(NONSENSE)
 
-    def exchange(self, message: bytes) -> bytes:
-        """Return the line with which the child replies; raises ChildLost if it is late, dead, or floods the pipe."""
+    def exchange(self, message: bytes, deadline: float) -> Any:
+        """Send a message; return the child's reply as plain data. Raises ChildLost if it is late, dead, or floods."""
         line = b""
         try:
-            self.wait_at_most()
+            self.channel.settimeout(time_until(deadline))
             self.channel.sendall(message)
             while not line.endswith(b"\n"):
-                self.wait_at_most()
+                self.channel.settimeout(time_until(deadline))
                 piece = self.channel.recv(65_536)
                 line += piece
                 if not piece or len(line) > MESSAGE_BYTES:
                     raise ConnectionError("the child has closed the pipe, or floods it")
-            return line
+            return plain(json.loads(line))
         except TimeoutError:
             raise ChildLost(f"the code took longer than {self.jail.seconds:g} seconds") from None
         except OSError:
             raise ChildLost("the code ended or crashed its process, perhaps for lack of memory") from None
-
-    def wait_at_most(self) -> None:
-        """Have the next transfer on the channel raise TimeoutError at the deadline, or raise it if that is past."""
-        seconds = self.deadline - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError
-        self.channel.settimeout(seconds)
+        except (ValueError, RecursionError):
+            raise ChildLost(NONSENSE) from None
 
     def call_tool(self, name: str, arguments: list, keywords: dict, calls: int) -> bytes:
         """Execute a tool call on the environment's state; return its result, or its refusal, as a message."""
@@ -756,6 +703,13 @@ class Session(contextlib.AbstractContextManager):
             return pack({"value": plain(result)})
         except ValueError as error:  # a tool may wrap what it was given into more than a message holds
             return pack({"refusal": f"the result of {name} cannot reach the code: {error}"})
+
+
+def time_until(deadline: float) -> float:
+    """Return the seconds until then; raises TimeoutError if it is past."""
+    if (seconds := deadline - time.monotonic()) <= 0:
+        raise TimeoutError
+    return seconds
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -810,7 +764,7 @@ def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any
     """
     before = pickle.dumps(environment.state)
     with jail.session(environment, replica) as session:
-        outcome = session.run(task.evaluate, "evaluate", [as_answer(answer)])
+        outcome = session.run(task.evaluate, [as_answer(answer)])
     ### BEGIN SOLUTION
     if environment.state != (untouched := pickle.loads(before)):
         environment.state = untouched
@@ -829,7 +783,7 @@ def what_is_left(jail: Jail, task: CodeAsTask, left: dict, what: str, code: str)
     if what not in left:
         environment = make_environment(task.env, task.seed)
         with jail.session(environment) as session:
-            outcome = session.run(code, "result")
+            outcome = session.run(code)
         if outcome.error is not None:
             raise TaskError("runs", f"{what} does not run:\n{outcome.error}")
         left[what] = environment, outcome.value

@@ -83,7 +83,7 @@ def forget_tau_bench():
 
 def run(jail, environment, code):
     with jail.session(environment) as session:
-        outcome = session.run(code, "result")
+        outcome = session.run(code)
     assert outcome.error is None, outcome.error
     return outcome.value
 

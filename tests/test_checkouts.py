@@ -180,8 +180,8 @@ def test_two_episodes_never_see_each_others_database(tau_bench, jail):
         first, second = kind(0), kind(0)
         number = next(n for n, record in first.state[kind.numbers].items() if record.get("status", "pending") == "pending")
         with jail.session(first) as one, jail.session(second) as other:
-            assert one.run(f"n = {number!r}\nresult = {cancel}['status']", "result").value == "cancelled"
-            assert other.run(f"result = get_{noun}_details({number!r}).get('status', 'pending')", "result").value == "pending"
+            assert one.run(f"n = {number!r}\nresult = {cancel}['status']").value == "cancelled"
+            assert other.run(f"result = get_{noun}_details({number!r}).get('status', 'pending')").value == "pending"
         assert second.state == kind(1).state != first.state
 
 
@@ -191,10 +191,10 @@ def test_two_episodes_never_see_each_others_database(tau_bench, jail):
 @needs_m3tooleval
 def test_two_episodes_never_see_each_others_page(m3tooleval, jail):
     with jail.session(WebBrowsing(0)) as one, jail.session(WebBrowsing(0)) as other:
-        home = other.run("result = view()", "result").value
-        assert one.run("result = click_url('/about')", "result").value != home
-        assert other.run("result = view()", "result").value == home
-        assert one.run("result = view()", "result").value != home
+        home = other.run("result = view()").value
+        assert one.run("result = click_url('/about')").value != home
+        assert other.run("result = view()").value == home
+        assert one.run("result = view()").value != home
 
 
 @needs_m3tooleval
@@ -275,7 +275,7 @@ def test_programs_in_the_jail_reach_the_right_answers(m3tooleval, jail):
 
 def run(jail, environment, code):
     with jail.session(environment) as session:
-        outcome = session.run(code, "result")
+        outcome = session.run(code)
     return outcome.error if outcome.value is None else outcome.value
 
 

@@ -31,15 +31,8 @@ SECRET = "planted-secret"
 def jail():
     others = descendants()  # that other tests have left running
     with Jail(seconds=1.0) as jail:
-        jail.replies, jail.others = Forgetful(), others
+        jail.others = others
         yield jail
-
-
-class Forgetful(dict):
-    """The memory of a jail that remembers nothing, so that an attack that comes again has to work again."""
-
-    def __setitem__(self, past, line):
-        pass
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +50,7 @@ def check_honestly(jail):
     for replica in (0, 1):
         with jail.session(make_environment("calculator", SEED), replica) as session:
             assert session.run("result = amount('tea')\nprint('tea', result)").printed == f"tea {TEA}\n"
-            assert session.run("pass", "result").value == TEA
+            assert session.run("pass").value == TEA
 
 
 def settled(jail):
@@ -112,11 +105,12 @@ def test_variables_last_from_action_to_action(jail):
 
 def test_a_function_gets_as_many_arguments_as_it_takes(jail):
     with jail.session(None) as session:
-        session.run("def none(): return 'none'\ndef one(answer): return answer\nmany = lambda *rest: len(rest)")
-        answers = [session.run("x = 1", name, [{"a": [1, 2.5, None]}]).value for name in ("none", "one", "many")]
-        assert answers == ["none", {"a": [1, 2.5, None]}, 0]
-        assert "does not define missing" in session.run("x = 1", "missing", []).error
-        assert session.run("x = 1 / 0", "one", [5]).error.endswith("ZeroDivisionError: division by zero")
+        assert session.run("x = 1", []).error == "NameError: the code does not define evaluate"
+        functions = ["def evaluate(): return 'none'", "def evaluate(answer): return answer", "evaluate = lambda *rest: len(rest)",
+                     "class evaluate(dict):\n    def __init__(self, answer): super().__init__(answer)"]
+        values = [session.run(function, [{"a": [1, 2.5, None]}]).value for function in functions]
+        assert values == ["none", {"a": [1, 2.5, None]}, 0, {"a": [1, 2.5, None]}]
+        assert session.run("x = 1 / 0", [5]).error.endswith("ZeroDivisionError: division by zero")
 
 
 def test_arguments_may_be_named_and_have_any_name(jail):
@@ -158,7 +152,7 @@ def test_an_observation_shows_output_and_error_and_marks_a_cut(jail):
     assert observation(run(jail, "print('x' * 5_000)")).endswith("x\n… (cut after 4,000 characters)")
 
 
-def test_values_are_plain_data_or_none(jail):
+def test_values_are_plain_data_or_say_what_is_none(jail):
     code = """
 import collections, json
 a = (1, [2.5, 'ä', None, True]); b = {1, 2}; c = {1: 2}; d = float('nan'); e = 2**64; f = '\\ud800'; g = object()
@@ -167,16 +161,20 @@ i = collections.OrderedDict(x=collections.defaultdict(int, y=1)); j = 'x' * 10**
 """
     with jail.session(None) as session:
         assert session.run(code).error is None
-        assert session.run("pass", "a").value == [1, [2.5, "ä", None, True]] and session.run("pass", "i").value == {"x": {"y": 1}}
-        assert [session.run("pass", name).value for name in "bcdefgh"] == [None] * 7 and session.run("pass", "nothing").value is None
-        assert session.run("pass", "j").value is None
+        assert session.run("pass").value is None
+        assert session.run("result = a").value == [1, [2.5, "ä", None, True]]
+        assert session.run("result = i").value == {"x": {"y": 1}}
+        assert [session.run(f"result = {name}").value for name in "bcdefghj"] == [
+            "<set>", "<dict>", "<float>", "<int>", "<str>", "<object>", "<list>", "<str>"]
+        assert session.run("1 / 0").value is None  # although `result` is still there
+        assert session.run("print(g is result, len(j))\nresult = j").printed == "False 10000000\n"
 
 
 def test_after_a_timeout_the_session_goes_on_without_its_variables(jail):
     with jail.session(make_environment("calculator", SEED)) as session:
         session.run("x = 1")
         assert "variables of earlier actions are lost" in session.run("while True: pass").error
-        assert session.run("pass", "x").value is None
+        assert session.run("result = 'x' in globals()").value is False
         assert "NameError" in session.run("print(x)").error
         assert session.run("print(amount('tea'))").printed == f"{TEA}\n"
 
@@ -185,8 +183,8 @@ def test_hundreds_of_sessions_can_be_open_at_once(jail):
     with contextlib.ExitStack() as stack:
         sessions = [stack.enter_context(jail.session(make_environment("calculator", SEED), i)) for i in range(300)]
         for number, session in enumerate(sessions):
-            assert session.run(f"number = {number}").error is None
-        assert [session.run("pass", "number").value for session in sessions] == list(range(300))
+            assert session.run(f"result = {number}").error is None
+        assert [session.run("pass").value for session in sessions] == list(range(300))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -689,7 +687,7 @@ def test_an_executor_leaves_nothing_behind_that_reaches_the_evaluation(jail):
     environment = make_environment("calculator", SEED)
     with jail.session(environment) as session:
         session.run(ATTACK_ON_EVALUATE)
-        assert evaluate(jail, task_with(evaluation), environment, session.run("pass", "result").value).passed is False
+        assert evaluate(jail, task_with(evaluation), environment, session.run("pass").value).passed is False
 
 
 def test_an_executor_cannot_write_a_verdict(jail):
@@ -697,16 +695,13 @@ def test_an_executor_cannot_write_a_verdict(jail):
     environment = make_environment("calculator", SEED)
     with jail.session(environment) as session:
         session.run(f"import os\nfor fd in range(3, 16):\n    try: os.write(fd, {FORGED!r})\n    except OSError: pass")
-        answer = session.run("pass", "result").value  # and its answer may be whatever it likes
+        answer = session.run("pass").value  # and its answer may be whatever it likes
     assert evaluate(jail, task_with("def evaluate(answer): return answer == 5"), environment, answer).passed is False
 
 
 MALFORMED = ["null", "1", "{}", '{"tool": 1, "arguments": [], "keywords": {}}', '{"tool": "amount", "arguments": {}, "keywords": []}',
              '{"printed": 1, "error": null, "value": null}', '{"printed": "", "error": null}', "NaN",
              '{"printed": "", "error": null, "value": 1e999}', "no json", '"\\ud800"', "9" * 5_000, "[" * 50_000]
-
-
-MALFORMED_CODE = "import os\nfor fd in range(3, 16):\n    try: os.write(fd, b'no json\\n')\n    except OSError: pass\nwhile True: pass"
 
 
 @pytest.mark.parametrize("message", MALFORMED, ids=lambda message: message[:20])
@@ -723,7 +718,7 @@ def test_data_at_the_limit_of_nesting_never_harms_the_parent(jail, depth):
     environment = make_environment("calculator", SEED)
     with jail.session(environment) as session:
         assert session.run(code).error is None
-        answer = session.run("pass", "result").value
+        answer = session.run("pass").value
         assert session.run("add(result, 1)").error
     assert verdict(jail, "def evaluate(answer): return False", answer).passed is False
     task = CodeAsTask("calculator", SEED, "x", "def evaluate(answer): return False", code, [code] * 3)
@@ -745,7 +740,7 @@ def says(jail, evaluation, replica=0, times=1):
     """What an evaluation says, asked `times` in one process: without the fresh child that each verdict has."""
     with jail.session(make_environment("calculator", SEED), replica) as session:
         assert session.run(evaluation).error is None
-        return [session.run("pass", "evaluate", [1]).value for _ in range(times)]
+        return [session.run("pass", [1]).value for _ in range(times)]
 
 
 def test_an_evaluation_that_depends_on_the_hash_seed_is_rejected(jail):
@@ -779,7 +774,7 @@ def test_an_evaluation_that_does_the_work_itself_is_rejected(jail):
     evaluation = f"def evaluate():\n    change_city('{order}', 'Oslo')\n    return get_order('{order}')['city'] == 'Oslo'"
     task = task_with(evaluation, env="shop")
     with jail.session(environment) as session:  # without the comparison of the states it passes
-        assert session.run(task.evaluate, "evaluate", []).value is True
+        assert session.run(task.evaluate, []).value is True
     assert "changed the state" in judge(jail, task).reason
 
 
@@ -787,68 +782,6 @@ def test_an_evaluation_that_depends_on_its_process_is_rejected(jail):
     # By chance all of ten pids can be as it likes them, so it asks for more than one bit: that fails the solution.
     evaluation = "import os\ndef evaluate(answer): return os.getpid() % 1000 == 1"
     assert judge(jail, task_with(evaluation)).ok is False
-
-
-def test_a_reply_is_remembered_for_an_equal_past_alone(monkeypatch):
-    def play(jail, item="tea", seed=SEED, replica=0, second="print(tea)"):
-        with jail.session(make_environment("calculator", seed), replica) as session:
-            return session.run(f"tea = amount({item!r})").error, session.run(second).printed
-
-    with Jail() as jail:
-        jail.replies.clear()  # of the probe
-        assert play(jail) == play(jail) == (None, f"{TEA}\n")
-        assert len(jail.replies) == 3  # a tool call, and the ends of two actions
-        monkeypatch.setattr(ForkServer, "child", lambda self: pytest.fail("a child was asked for"))
-        assert play(jail) == (None, f"{TEA}\n")
-        for another in [dict(item="cup"), dict(seed=SEED + 1), dict(replica=1), dict(second="print(tea + 1)")]:
-            with pytest.raises(pytest.fail.Exception):
-                play(jail, **another)
-
-
-def test_a_child_that_is_started_late_is_told_all_that_came_before():
-    with Jail() as jail:
-        for last, printed in [("print(a, b)", f"{TEA} 2\n"), ("print(b, a)", f"2 {TEA}\n")]:
-            world = make_environment("calculator", SEED)
-            with jail.session(world) as session:
-                session.run("a = amount('tea')")
-                session.run("b = 2")
-                assert session.run(last).printed == printed
-                assert session.channel is not None
-                session.run("a += 1")
-                assert session.run("print(a)").printed == f"{TEA + 1}\n"
-
-
-def test_tool_calls_are_executed_on_the_state_of_the_episode_whatever_is_remembered():
-    order = next(o for o in make_environment("shop", SEED).state["orders"].values() if o["status"] == "pending")["order_id"]
-    with Jail() as jail:
-        for _ in range(2):
-            world = make_environment("shop", SEED)
-            with jail.session(world) as session:
-                session.run(f"change_city({order!r}, 'Oslo')")
-            assert world.state["orders"][order]["city"] == "Oslo"
-        replies = len(jail.replies)
-        world.state["orders"][order]["status"] = "shipped"  # in which the call is refused: another past from there on
-        with jail.session(world) as session:
-            assert "ToolError" in session.run(f"change_city({order!r}, 'Rome')").error
-        assert len(jail.replies) > replies
-
-
-@pytest.mark.parametrize("code", ["while True: pass", "import os; os._exit(0)", MALFORMED_CODE, "print('x' * 5_000)"],
-                         ids=["late", "dead", "malformed", "long"])
-def test_what_is_no_reply_or_a_long_one_is_not_remembered(code):
-    with Jail(seconds=0.3) as jail:
-        jail.replies.clear()  # of the probe
-        for _ in range(2):
-            run(jail, code)
-            assert not jail.replies
-
-
-def test_the_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr("verify.REPLIES", 10)
-    with Jail() as jail:
-        for number in range(25):
-            assert run(jail, f"print({number})").printed == f"{number}\n"
-            assert len(jail.replies) <= 10
 
 
 def test_replicas_differ_in_their_seeds_and_each_repeats_itself(jail):
@@ -928,7 +861,7 @@ def test_the_server_ends_its_children_and_itself_when_the_parent_lets_go():
 def test_a_server_that_is_killed_takes_its_children_along():
     server = ForkServer(seed=1, strong=True)
     _, pid, channel = server.child()
-    channel.sendall(b'{"code": "while True: pass", "name": "", "arguments": null}\n')
+    channel.sendall(b'{"code": "while True: pass", "arguments": null}\n')
     server.process.kill()
     server.stop()
     channel.settimeout(10)

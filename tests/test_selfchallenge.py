@@ -387,7 +387,7 @@ def test_the_example_that_the_files_follow_is_true(jail):
     answers = []
     for code in [solution, *failures]:
         with jail.session(make_environment("calculator", 10)) as session:
-            answers.append(session.run(code, "result").value)
+            answers.append(session.run(code).value)
     assert answers == [378, 42, 126, 14]
     first = CodeAsTask("calculator", 10, "What is the amount of tea times 6, then times 9?", lenient, solution, failures)
     assert judge(jail, first).reason == "failure case 1 passes the evaluation, but must fail it"

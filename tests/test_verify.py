@@ -261,8 +261,7 @@ def test_a_verdict_that_flips_between_runs_is_rejected(jail):
     orders = []
     for replica in (0, 1):
         with jail.session(None, replica) as session:
-            session.run("first = next(iter({'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'})); draw = __import__('random').random()")
-            orders.append((session.run("pass", "first").value, session.run("pass", "draw").value))
+            orders.append(session.run("import random\nresult = [next(iter({'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'})), random.random()]").value)
     (first, draw), (second, other) = orders
     assert draw != other
     seeded = f"import random\ndraw = random.random()\ndef evaluate(answer): return answer == 1 and draw == {draw!r}"

@@ -17,7 +17,7 @@ def test_a_script_is_imported(script):
 def test_the_jail_runs_code_which_calls_a_tool(jail):
     shop = make_environment("shop", seed=3)
     with jail.session(shop) as session:
-        outcome = session.run("result = stock('tea')", "result")
+        outcome = session.run("result = stock('tea')")
     assert outcome.error is None and outcome.value == shop.state["stock"]["tea"]
 
 
