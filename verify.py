@@ -869,24 +869,23 @@ def read_lines(path: str) -> Iterator[str]:
 
 def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int:
     """Do the work of a command; return its exit status. What a user can cause gets one sentence, with a hint."""
-    status = 0
+    status, problem = 0, None
     try:
         work()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         status = 1
     except OSError as error:
-        print(f"{name}: {error.strerror or error}: {error.filename or 'what it writes'}; {hint()}", file=sys.stderr)
-        status = 2
+        status, problem = 2, f"{error.strerror or error}: {error.filename or 'what it writes'}; {hint()}"
     except (JailError, ValueError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        status = 2
+        status, problem = 2, str(error)
     except MemoryError as error:
-        print(f"{name}: {error or 'the memory does not suffice'}; {hint()}", file=sys.stderr)
-        status = 2
+        status, problem = 2, f"{error or 'the memory does not suffice'}; {hint()}"
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; {hint()}", file=sys.stderr)
-        status = 130
+        print(file=sys.stderr)  # to go on below a bar
+        status, problem = 130, f"interrupted; {hint()}"
+    if problem:
+        print(f"{name}: {problem}", file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # or Python would try once more at its exit, and complain

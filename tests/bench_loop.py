@@ -64,8 +64,9 @@ class Channel:
 def played(arguments: list[str], child: Callable[[ForkServer], tuple]) -> tuple[dict, int, bytes]:
     """Play a run whose sessions get their children from `child`; return its seconds, its children, and its episodes."""
     def counted(server: ForkServer) -> tuple:
-        children.append(server)
-        return child(server)
+        control, pid, channel = child(server)
+        children.append(pid)
+        return control, pid, channel
 
     def paused(work: Callable) -> Callable:
         def timed(*arguments):
@@ -86,7 +87,7 @@ def played(arguments: list[str], child: Callable[[ForkServer], tuple]) -> tuple[
         start = time.monotonic()
         summary = selfchallenge.play_run(selfchallenge.new_run(folder / "run", settings), options)
         seconds = summary["wall_s"] | {"in all": time.monotonic() - start, "pauses": sum(pauses)}
-        return seconds, len(children), (folder / "run" / "trajectories.jsonl").read_bytes()
+        return seconds, sum(map(bool, children)), (folder / "run" / "trajectories.jsonl").read_bytes()
     finally:
         ForkServer.child = start_child
         rl.take_steps, eval.play_baselines = take_steps, play_baselines
