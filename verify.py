@@ -190,7 +190,8 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 
 
 # ---------------------------------------------------------------------------------------------------
-# INSIDE THE JAIL: the walls (on a first reading go on at "verdicts, and the filter")
+# INSIDE THE JAIL: the walls, which are this chapter alone; the next two only talk with what is behind them
+# (on a first reading the layers are enough; go on at "verdicts, and the filter")
 #
 # The layers, each with the attack that it stops, and where it stands below:
 #   a process of its own      patched built-ins, frames, gc: code under test shares no memory with the verdict (fork_child)
@@ -207,10 +208,6 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 
 MEMORY_BYTES = 256 * 1024 * 1024  # of address space in a child
 PROCESSOR_SECONDS = 60            # in the life of a child; the parent sets a wall deadline to each action
-MESSAGE_BYTES = 1024 * 1024       # in a message on the pipe
-PRINTED_CHARACTERS = 20_000       # kept of the output of an action
-ERROR_CHARACTERS = 1_000          # kept of the end of a traceback
-NESTING = 50                      # levels of lists and dicts in plain data
 
 # What code can import: a child cannot open files, so the server imports what a child may need.
 MODULES = """base64 bisect calendar cmath collections.abc copy ctypes dataclasses datetime decimal encodings.ascii
@@ -330,18 +327,14 @@ def end(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
-def rehearse() -> None:
-    """Run some code before any child does: what Python prepares in a first run, no child has to prepare again."""
-    for code in ["print(len('rehearsal'))", "1 / 0"] * 10:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            send(ours.fileno(), {"tools": ["tool"], "code": code, "arguments": None})
-            ours.shutdown(socket.SHUT_WR)
-            live(theirs.fileno())
-
-
 # ---------------------------------------------------------------------------------------------------
 # the life of a child, and data on the pipe
+
+MESSAGE_BYTES = 1024 * 1024   # in a message on the pipe
+PRINTED_CHARACTERS = 20_000   # kept of the output of an action
+ERROR_CHARACTERS = 1_000      # kept of the end of a traceback
+NESTING = 50                  # levels of lists and dicts in plain data
+
 
 def live(channel: int) -> None:
     """Run the code of one request after the other, the first of which names the tools, until the pipe is closed."""
@@ -371,6 +364,16 @@ def evaluated(variables: dict, arguments: list) -> Any:
         raise NameError("the code does not define evaluate")
     takes = getattr(variables["evaluate"], "__code__", None)  # which a class, for one, does not have
     return variables["evaluate"](*arguments[:takes.co_argcount if takes else None])
+
+
+def rehearse() -> None:
+    """Run some code before any child does: what Python prepares in a first run, no child has to prepare again."""
+    for code in ["print(len('rehearsal'))", "1 / 0"] * 10:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            send(ours.fileno(), {"tools": ["tool"], "code": code, "arguments": None})
+            ours.shutdown(socket.SHUT_WR)
+            live(theirs.fileno())
 
 
 class Printed(io.StringIO):
