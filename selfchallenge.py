@@ -262,6 +262,11 @@ def parameters(task: CodeAsTask) -> set[str]:
     return {word for word in words(task.instruction) if word.isdigit() or word in named}
 
 
+def asked(task: dict) -> set[str]:
+    """The words of a kept task's instruction, without those by which its world says who is served."""
+    return words(task["instruction"]) - words(make_environment(task["env"], task["seed"]).as_told(""))
+
+
 def near(a: set[str], b: set[str]) -> bool:
     """Whether two instructions are near-duplicates: over nine tenths of their words are shared (Jaccard index)."""
     return len(a & b) > 0.9 * len(a | b)
@@ -357,9 +362,8 @@ def peak_memory() -> int:
 def play_run(folder: Path, options: argparse.Namespace) -> dict:
     """Play what the run in a folder has not finished yet; return the summary, which is also written there."""
     open_benchmarks(options)
-    suites = {name: load_suite(name, options.airline) for name in [*SUITES, *options.env]}
-    held_out = HeldOut([task for tasks in suites.values() for task in tasks])
-    measured = {name: suites[name] for name in options.env}
+    suites = {name: load_suite(name, options.airline) for name in options.env}
+    held_out = HeldOut([task for name in {*SUITES, *suites} for task in load_suite(name, options.airline)])
     with advice_on_memory(options.model), Jail(allow_weak=options.allow_weak_jail) as jail:
         print(jail.describe())
         policy = load_policy(options.model, rank=options.rank, seed=options.seed)
@@ -367,7 +371,7 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
         if not (config := folder / "config.json").exists():
             settings = {name: value for name, value in vars(options).items() if name not in ("resume", "name")}
             config.write_text(json.dumps(settings, indent=1))
-        measure("before", measured, jail, run, options)
+        measure("before", suites, jail, run, options)
         tasks = challenge(jail, held_out, run, options)
         if not tasks:
             raise ValueError("no task survived the filter, so there is nothing to train on: raise --challenges")
@@ -377,7 +381,7 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
             run.progress["steps"] += 1
             run.save("train")
         policy.model.save_pretrained(folder / "adapter")
-        measure("after", measured, jail, run, options)
+        measure("after", suites, jail, run, options)
     memory = run.progress["memory_bytes"]
     summary = {
         "model": options.model,
@@ -424,7 +428,7 @@ def challenge(jail: Jail, held_out: HeldOut, run: Run, options: argparse.Namespa
     if options.challenger_endpoint:
         play = partial(rollout_by, endpoint_model(options.challenger_endpoint, options.challenger_model))
     revisions = options.revisions if options.filter else 0
-    kept = run.read("tasks.jsonl")
+    known = [(task["env"], asked(task)) for task in run.read("tasks.jsonl")]
     bar = tqdm(total=total, initial=begun, desc="challenge", unit="attempt", dynamic_ncols=True)
     for first in range(begun, total, options.parallel):
         attempts = range(first, min(first + options.parallel, total))
@@ -433,41 +437,44 @@ def challenge(jail: Jail, held_out: HeldOut, run: Run, options: argparse.Namespa
         generator = seeded(run.policy.device, options.seed, "challenge", first)
         trajectories = play(run.policy, episodes, generator, bar=bar, **rollout_limits(options))
         for episode, trajectory in zip(episodes, trajectories):
-            line = sort_out(episode, kept, held_out, options.filter)
+            line = sort_out(episode, known, held_out, options.filter)
             if "stage" in line:
                 append_lines(run.folder / "rejected.jsonl", [line])
             else:
                 append_lines(run.folder / "tasks.jsonl", [line])
-                kept.append(line)
+                known.append((line["env"], asked(line)))
             append_lines(run.folder / "trajectories.jsonl", [record("challenge", first, episode, trajectory)])
         run.progress["challenges"] = attempts.stop
         run.save("challenge")
-        bar.set_postfix(kept=f"{len(kept) / attempts.stop:.2f}")
+        bar.set_postfix(kept=f"{len(known) / attempts.stop:.2f}")
     rejected = Counter(line["stage"] for line in run.read("rejected.jsonl"))
-    run.progress["filter"] = {stage: rejected[stage] for stage in REJECTED_AT} | {"ok": len(kept)}
+    run.progress["filter"] = {stage: rejected[stage] for stage in REJECTED_AT} | {"ok": len(known)}
     stages = ", ".join(f"{stage} {rejected[stage]}" for stage in REJECTED_AT)
-    print(f"{total} attempts, {len(kept)} tasks kept; rejected at: {stages}")
-    return [CodeAsTask(**line) for line in kept]
+    print(f"{total} attempts, {len(known)} tasks kept; rejected at: {stages}")
+    return [CodeAsTask(**task) for task in run.read("tasks.jsonl")]
 
 
-def sort_out(episode: Challenger, kept: list[dict], held_out: HeldOut, filtered: bool) -> dict:
-    """Return an attempt's line for tasks.jsonl or, with a "stage", for rejected.jsonl; `kept` are the tasks so far."""
+def sort_out(episode: Challenger, known: list[tuple[str, set[str]]], held_out: HeldOut, filtered: bool) -> dict:
+    """Return an attempt's line for tasks.jsonl or, with a "stage", for rejected.jsonl.
+
+    `known` are the worlds and the words (`asked`) of the tasks that are kept so far.
+    """
     place = {"env": episode.env, "seed": episode.seed}
     if not episode.submissions:
         return {**place, "stage": "parse", "reason": f"no task was handed in: {episode.status}"}
     task, judgement = episode.submissions[-1]
     if task is None:
         return {**place, "stage": "parse", "reason": judgement.reason, "text": episode.messages[-1]["content"]}
-    told = make_environment(task.env, task.seed).as_told(task.instruction)  # what the executor is to read
-    mentioned = words(told)
-    if held_out.leaks(f"{told} {task.instruction}"):  # the second has the numbers that the first withholds
+    told = {**vars(task), "instruction": make_environment(task.env, task.seed).as_told(task.instruction)}
+    mentioned = asked(told)
+    if held_out.leaks(f"{told['instruction']} {task.instruction}"):  # the second has what the first withholds
         stage, reason = "held-out", "it shares its parameters with a held-out task"
     elif filtered and not judgement.ok:
         stage, reason = judgement.stage, judgement.reason
-    elif any(other["env"] == task.env and near(mentioned, words(other["instruction"])) for other in kept):
+    elif any(env == task.env and near(mentioned, other) for env, other in known):
         stage, reason = "duplicate", "a task with nearly the same words was kept before"
     else:
-        return {**vars(task), "instruction": told}
+        return told
     return {**vars(task), "stage": stage, "reason": reason}
 
 

@@ -15,7 +15,8 @@ import torch
 import selfchallenge
 from eval import SUITES, evaluate_baseline, load_suite
 from rl import advantages, load_policy, make_optimizer
-from selfchallenge import EXAMPLES, Challenger, HeldOut, challenger_prompt, near, parameters, parse_options, render_task, sort_out, words
+from selfchallenge import (EXAMPLES, Challenger, HeldOut, asked, challenger_prompt, near, parameters, parse_options,
+                           render_task, sort_out, words)
 from tools import CUSTOMERS, ENVIRONMENTS, make_environment
 from verify import CodeAsTask, Jail, Judgement, evaluate, judge, parse_task
 
@@ -132,10 +133,11 @@ KEPT, REJECTED = Judgement(True, "ok", "", 0.0), Judgement(False, "failures", "f
 
 def test_every_attempt_is_sorted_out(held_out):
     task = EXAMPLES["shop"]
+    words_of_it = asked(vars(task))
     assert sort_out(handed_in(task, REJECTED), [], held_out, filtered=True)["stage"] == "failures"
     assert sort_out(handed_in(task, KEPT), [], held_out, filtered=True) == vars(task)
-    assert sort_out(handed_in(task, KEPT), [vars(task)], held_out, filtered=True)["stage"] == "duplicate"
-    assert sort_out(handed_in(task, KEPT), [{**vars(task), "env": "another"}], held_out, filtered=True) == vars(task)
+    assert sort_out(handed_in(task, KEPT), [("shop", words_of_it)], held_out, filtered=True)["stage"] == "duplicate"
+    assert sort_out(handed_in(task, KEPT), [("another", words_of_it)], held_out, filtered=True) == vars(task)
     assert sort_out(handed_in(None, REJECTED), [], held_out, filtered=True)["stage"] == "parse"
     assert sort_out(handed_in(held_out.tasks[-1], KEPT), [], held_out, filtered=True)["stage"] == "held-out"
 
@@ -353,13 +355,25 @@ def test_a_mistake_gets_one_sentence(tmp_path, here, arguments, said):
 
 
 def test_an_interrupt_names_the_worlds_that_have_not_begun(tmp_path, monkeypatch, here):
+    arguments = ["--no-joint", "--env", "calculator", "shop", "--name"]
+
     def play_run(folder: Path, options) -> None:
-        (folder / "config.json").write_text("{}")
-        raise KeyboardInterrupt
+        if folder.name in begun:
+            (folder / "config.json").write_text("{}")
+        if folder.name == interrupted:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(selfchallenge, "play_run", play_run)
-    status, errors = here("--no-joint", "--env", "calculator", "shop", "--name", "a", cwd=tmp_path)
+    begun, interrupted = ["a-calculator"], "a-calculator"
+    status, errors = here(*arguments, "a", cwd=tmp_path)
     assert status == 130 and f"--resume {Path('runs', 'a-calculator')}" in errors and "--no-joint --env shop" in errors
+    begun, interrupted = ["b-calculator"], "b-shop"  # while its model was being loaded
+    status, errors = here(*arguments, "b", cwd=tmp_path)
+    assert status == 130 and f"--resume {Path('runs', 'b-calculator')}" in errors and "--no-joint --env shop" in errors
+    begun, interrupted = [], "c-calculator"
+    status, errors = here(*arguments, "c", cwd=tmp_path)
+    assert status == 130 and "nothing was begun" in errors
+    assert sorted(path.name for path in tmp_path.glob("runs/*")) == ["a-calculator", "b-calculator"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
