@@ -286,7 +286,6 @@ class Run:
     def __init__(self, folder: Path, policy: Policy, optimizer: torch.optim.Optimizer):
         """Go back to the folder's checkpoint, if it has one. Raises ValueError if that is damaged or lost."""
         self.folder, self.policy, self.optimizer = folder, policy, optimizer
-        self.adapter = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
         self.progress = {"challenges": 0, "steps": 0, "results": {}, "wall_s": {}, "memory_bytes": {}}
         self.checkpoint = folder / "checkpoint" / "state.pt"
         sizes = {}
@@ -296,9 +295,7 @@ class Run:
                 sizes = state["files"]
                 self.progress |= state["progress"]
                 optimizer.load_state_dict(state["optimizer"])
-                with torch.no_grad():
-                    for name, parameter in self.adapter.items():
-                        parameter.copy_(state["adapter"][name])
+                policy.model.load_state_dict(state["adapter"], strict=False)  # which leaves the base as it is
             except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
                 raise ValueError(f"the checkpoint {self.checkpoint} is damaged or belongs to another model; "
                                  "start a new run") from error
@@ -313,14 +310,14 @@ class Run:
 
         The seconds since then are added to the phase's, and the most memory since then is noted (loading included).
         """
-        seconds, memory, now = self.progress["wall_s"], self.progress["memory_bytes"], time.monotonic()
-        seconds[phase] = seconds.get(phase, 0.0) + now - self.clock
+        seconds, memory = self.progress["wall_s"], self.progress["memory_bytes"]
+        before, self.clock = self.clock, time.monotonic()
+        seconds[phase] = seconds.get(phase, 0.0) + self.clock - before
         memory[phase] = max(memory.get(phase, 0), peak_memory())
-        self.clock = now
         state = {
             "progress": self.progress,
             "files": {path.name: path.stat().st_size for path in sorted(self.folder.glob("*.jsonl"))},
-            "adapter": self.adapter,
+            "adapter": {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad},
             "optimizer": self.optimizer.state_dict(),
         }
         buffer = io.BytesIO()  # written by us, so that a full disk raises OSError and not one of torch's errors
@@ -482,10 +479,7 @@ def sort_out(episode: Challenger, known: list[tuple[str, set[str]]], held_out: H
 # the command line
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the options on the command line, with the defaults of the embedded model; of a resumed run mostly its own.
-
-    Raises ValueError if there is nothing to resume.
-    """
+    """Return the options on the command line or, with --resume, the run's own. Raises ValueError if there is none."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
