@@ -83,11 +83,10 @@ def played(arguments: list[str], child: Callable[[ForkServer], tuple]) -> tuple[
     rl.take_steps, eval.play_baselines = paused(take_steps), paused(play_baselines)
     try:
         options = selfchallenge.parse_options(arguments)
-        settings = {key: value for key, value in vars(options).items() if key not in ("resume", "name", "changed")}
         start = time.monotonic()
-        summary = selfchallenge.play_run(selfchallenge.new_run(folder / "run", settings), options)
+        summary = selfchallenge.play_run(folder, options)
         seconds = summary["wall_s"] | {"in all": time.monotonic() - start, "pauses": sum(pauses)}
-        return seconds, sum(map(bool, children)), (folder / "run" / "trajectories.jsonl").read_bytes()
+        return seconds, sum(map(bool, children)), (folder / "trajectories.jsonl").read_bytes()
     finally:
         ForkServer.child = start_child
         rl.take_steps, eval.play_baselines = take_steps, play_baselines

@@ -218,6 +218,13 @@ def test_the_challenger_is_told_of_every_tool_and_sees_a_whole_example(checkouts
         assert parse_task(prompt.partition("A worked example")[2], example.env, example.seed) == example
 
 
+def test_the_same_task_for_another_user_is_a_duplicate(checkouts):
+    for kind in (Retail, Airline):
+        told = [{"env": kind.name, "seed": seed, "instruction": kind(seed).as_told("Cancel the lamp.")} for seed in (0, 1)]
+        assert told[0]["instruction"] != told[1]["instruction"]
+        assert selfchallenge.asked(told[0]) == selfchallenge.asked(told[1]) == {"cancel", "the", "lamp"}
+
+
 def test_a_table_that_a_tool_hands_out_stays_as_it_is(checkouts, jail):
     code = "result = hotels('Ulm', 'quiet')\nresult[0]['price'] += 1"
     assert run(jail, Calculation(2), code) == run(jail, Calculation(2), code) == [{"place": "Ulm", "price": 81}]

@@ -15,7 +15,8 @@ import torch
 import selfchallenge
 from eval import SUITES, evaluate_baseline, load_suite
 from rl import advantages, load_policy, make_optimizer
-from selfchallenge import EXAMPLES, Challenger, HeldOut, challenger_prompt, near, parameters, parse_options, render_task, sort_out, words
+from selfchallenge import (EXAMPLES, Challenger, HeldOut, asked, challenger_prompt, near, parameters, parse_options,
+                           render_task, sort_out, words)
 from tools import CUSTOMERS, ENVIRONMENTS, make_environment
 from verify import CodeAsTask, Jail, Judgement, evaluate, judge, parse_task
 
@@ -131,16 +132,18 @@ KEPT, REJECTED = Judgement(True, "ok", "", 0.0), Judgement(False, "failures", "f
 
 
 def test_every_attempt_is_sorted_out(held_out):
-    task, known = EXAMPLES["shop"], []
-    assert sort_out(handed_in(task, REJECTED), known, held_out, filtered=True)["stage"] == "failures"
-    assert sort_out(handed_in(task, KEPT), known, held_out, filtered=True) is None
-    assert sort_out(handed_in(task, KEPT), known, held_out, filtered=True)["stage"] == "duplicate"
-    assert sort_out(handed_in(None, REJECTED), known, held_out, filtered=True)["stage"] == "parse"
-    assert sort_out(handed_in(held_out.tasks[-1], KEPT), known, held_out, filtered=True)["stage"] == "held-out"
+    task = EXAMPLES["shop"]
+    words_of_it = asked(vars(task))
+    assert sort_out(handed_in(task, REJECTED), [], held_out, filtered=True)["stage"] == "failures"
+    assert sort_out(handed_in(task, KEPT), [], held_out, filtered=True) == vars(task)
+    assert sort_out(handed_in(task, KEPT), [("shop", words_of_it)], held_out, filtered=True)["stage"] == "duplicate"
+    assert sort_out(handed_in(task, KEPT), [("another", words_of_it)], held_out, filtered=True) == vars(task)
+    assert sort_out(handed_in(None, REJECTED), [], held_out, filtered=True)["stage"] == "parse"
+    assert sort_out(handed_in(held_out.tasks[-1], KEPT), [], held_out, filtered=True)["stage"] == "held-out"
 
 
 def test_without_the_filter_a_rejected_task_is_kept_but_a_held_out_one_is_not(held_out):
-    assert sort_out(handed_in(EXAMPLES["shop"], REJECTED), [], held_out, filtered=False) is None
+    assert sort_out(handed_in(EXAMPLES["shop"], REJECTED), [], held_out, filtered=False) == vars(EXAMPLES["shop"])
     assert sort_out(handed_in(held_out.tasks[-1], REJECTED), [], held_out, filtered=False)["stage"] == "held-out"
 
 
@@ -238,10 +241,10 @@ def test_no_task_of_a_run_leaks(whole, held_out):
 
 def test_no_task_of_an_unfiltered_pool_leaks(jail, tmp_path, held_out):
     options, policy = parse_options([*SMALL, "--no-filter"]), load_policy("tiny")
-    run = selfchallenge.new_run(tmp_path / "run", {})
-    selfchallenge.challenge(policy, make_optimizer(policy, 1e-3), jail, held_out, run, options)
-    lines = run.read("tasks.jsonl")
-    assert len(lines) > 12 and not any(held_out.leaks(line["instruction"]) for line in lines)
+    run = selfchallenge.Run(tmp_path, policy, make_optimizer(policy, 1e-3))
+    tasks = selfchallenge.challenge(jail, held_out, run, options)
+    assert len(tasks) > 12 and not any(held_out.leaks(task.instruction) for task in tasks)
+    assert run.read("tasks.jsonl") == [vars(task) for task in tasks]
 
 
 def test_the_kept_tasks_pass_the_filter_again(whole):
@@ -290,20 +293,23 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(whole, tmp_path):
     assert not (run / "metrics.jsonl").exists()
     interrupt(tmp_path, ["--resume", str(run)], "metrics.jsonl", 2)
     assert not (run / "report.html").exists()
+    seconds = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["progress"]["wall_s"]
+    assert list(seconds) == ["before", "challenge", "train"] and min(seconds.values()) > 0  # those of the interrupted phase as well
     done = command("--resume", str(run), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     for file in COMPARED:
         assert (run / file).read_bytes() == (whole / file).read_bytes(), file
     ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (run, whole))
     assert all(ours[key] == theirs[key] for key in ("before", "after", "filter"))
+    assert ours["wall_s"]["train"] > seconds["train"] and ours["wall_s"]["challenge"] == round(seconds["challenge"], 1)
 
 
-def test_a_resumed_run_may_be_given_less_memory_and_nothing_else(whole, monkeypatch):
-    options = selfchallenge.parse_options(["--resume", str(whole), "--parallel", "3", "--seed", "9"])
-    _, settings = selfchallenge.open_run(options)
+def test_a_resumed_run_may_be_given_less_memory_and_nothing_else(whole):
     own = json.loads((whole / "config.json").read_text())
-    assert vars(settings) == {**own, "parallel": 3} and own["seed"] != 9
-    assert selfchallenge.parse_options([]).changed == {}
+    as_it_was = {**own, "resume": whole, "name": None}
+    assert vars(parse_options(["--resume", str(whole)])) == as_it_was
+    assert vars(parse_options(["--resume", str(whole), "--parallel", "3", "--seed", "9"])) == {**as_it_was, "parallel": 3}
+    assert own["seed"] != 9 and own["parallel"] == 12
 
 
 def test_a_finished_run_is_not_overwritten(whole, here):
@@ -345,12 +351,29 @@ def test_a_lost_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path, 
 def test_a_mistake_gets_one_sentence(tmp_path, here, arguments, said):
     status, errors = here(*arguments, cwd=tmp_path)
     assert status == 2 and said in errors and "Traceback" not in errors
+    assert not list(tmp_path.glob("runs/*"))  # nothing was begun
 
 
 def test_an_interrupt_names_the_worlds_that_have_not_begun(tmp_path, monkeypatch, here):
-    monkeypatch.setattr(selfchallenge, "play_run", lambda run, options: (_ for _ in ()).throw(KeyboardInterrupt))
-    status, errors = here("--no-joint", "--env", "calculator", "shop", "--name", "a", cwd=tmp_path)
+    arguments = ["--no-joint", "--env", "calculator", "shop", "--name"]
+
+    def play_run(folder: Path, options) -> None:
+        if folder.name in begun:
+            (folder / "config.json").write_text("{}")
+        if folder.name == interrupted:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(selfchallenge, "play_run", play_run)
+    begun, interrupted = ["a-calculator"], "a-calculator"
+    status, errors = here(*arguments, "a", cwd=tmp_path)
     assert status == 130 and f"--resume {Path('runs', 'a-calculator')}" in errors and "--no-joint --env shop" in errors
+    begun, interrupted = ["b-calculator"], "b-shop"  # while its model was being loaded
+    status, errors = here(*arguments, "b", cwd=tmp_path)
+    assert status == 130 and f"--resume {Path('runs', 'b-calculator')}" in errors and "--no-joint --env shop" in errors
+    begun, interrupted = [], "c-calculator"
+    status, errors = here(*arguments, "c", cwd=tmp_path)
+    assert status == 130 and "nothing was begun" in errors
+    assert sorted(path.name for path in tmp_path.glob("runs/*")) == ["a-calculator", "b-calculator"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
@@ -358,7 +381,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, here):
     run = tmp_path / "runs" / "full"
     (run / "checkpoint").mkdir(parents=True)
     options = vars(selfchallenge.parse_options(SMALL))
-    (run / "config.json").write_text(json.dumps({k: v for k, v in options.items() if k not in ("resume", "name", "changed")}))
+    (run / "config.json").write_text(json.dumps({k: v for k, v in options.items() if k not in ("resume", "name")}))
     os.symlink("/dev/full", run / "checkpoint" / "state.partial")
     status, errors = here("--resume", str(run), cwd=tmp_path)
     assert status == 2 and "No space left" in errors and "--resume" in errors
