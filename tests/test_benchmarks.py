@@ -581,7 +581,7 @@ def test_suites_of_the_stand_ins(checkouts, jail):
     assert [len(evaluation.load_suite(name)) for name in ("calculation", "web", "retail", "airline")] == [5, 2, 4, 2]
     assert len(evaluation.load_suite("airline", airline="all")) == 4
     suites = {name: evaluation.load_suite(name) for name in ("calculation", "web", "retail", "airline")}
-    reference, nothing = (evaluation.evaluate_baseline(name, jail, suites) for name in ("reference", "nothing"))
+    reference, nothing = (evaluation.evaluate_policy(name, jail, suites)[0] for name in ("reference", "nothing"))
     assert [reference[name]["pass@1"] for name in suites] == [1, 1, 1, 1]
     assert [nothing[name]["pass@1"] for name in suites] == [0, 0, 0.25, 0]
     assert list(reference["calculation"]["groups"]) == ["message_decoder", "trade_calculator", "travel_itinerary_planning", "dna_sequencer"]

@@ -128,17 +128,17 @@ def test_an_unknown_suite_is_answered_with_the_choices():
 def test_doing_nothing_passes_no_held_out_task_and_the_reference_passes_all(jail, name):
     tasks = evaluation.load_suite(name)
     assert len(tasks) >= 40 and {task.env for task in tasks} == {name}
-    assert [task.instruction for task in tasks if evaluation.play_nothing(jail, task)] == []
-    assert [task.instruction for task in tasks if not evaluation.play_reference(jail, task)] == []
+    assert [task.instruction for task in tasks if evaluation.play_baseline("nothing", jail, task)] == []
+    assert [task.instruction for task in tasks if not evaluation.play_baseline("reference", jail, task)] == []
 
 
 def test_a_solution_that_breaks_off_does_not_pass(jail):
     lenient = CodeAsTask("calculator", 0, "?", "def evaluate(answer):\n    return answer == 1", "result = 1\n1 / 0", [])
-    assert not evaluation.play_reference(jail, lenient)
+    assert not evaluation.play_baseline("reference", jail, lenient)
 
 
 def test_a_baseline_gets_the_numbers_of_a_policy(jail):
-    numbers = evaluation.evaluate_baseline("reference", jail, {"shop": evaluation.load_suite("shop")})["shop"]
+    numbers = evaluation.evaluate_policy("reference", jail, {"shop": evaluation.load_suite("shop")})[0]["shop"]
     size = len(evaluation.load_suite("shop"))
     assert [numbers[key] for key in ("pass@1", "pass@4", "pass^4", "greedy", "n")] == [1, 1, 1, 1, size]
     assert (numbers["nothing"], numbers["reference"]) == (0, 1)
@@ -190,7 +190,7 @@ def made_up_run(folder: Path, text: str) -> Path:
 
 ELEMENTS = {"html", "meta", "title", "style", "section", "h1", "h2", "h3", "h4", "p", "b", "i", "br", "small", "span", "div",
             "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre", "figure", "figcaption", "svg", "rect",
-            "path", "text", "polyline", "circle"}
+            "path", "text", "polyline", "s"}
 
 
 class Page(HTMLParser):
@@ -232,8 +232,7 @@ def test_no_text_changes_the_structure_of_the_page(tmp_path, runs):
         pages.append(Page(evaluation.write_report(*folders)))
     harmless, hostile = pages
     assert hostile.structure == harmless.structure
-    spoken = {value for name, value in hostile.attributes if name == "aria-label"}
-    assert len(spoken) >= 2 and any(ATTACK in text for text in spoken)
+    assert not any(ATTACK[:20] in str(value) for _, value in hostile.attributes)  # no text of a file stands in a tag
 
 
 def test_report_loads_nothing_from_a_network(tmp_path):
@@ -359,32 +358,36 @@ def test_means_over_runs_by_hand():
     numbers = evaluation.mean_of([{"pass@1": 0.1, "greedy": 0.5, "pass@1_se": 9}, {"pass@1": 0.2}, {"pass@1": 0.3}])
     assert numbers == pytest.approx({"pass@1": 0.2, "pass@1_se": 0.1 / math.sqrt(3), "greedy": 0.5})  # one value has no error
     assert evaluation.mean_of([]) == {}
+    assert evaluation.mean_of([{"pass@1": 0.1, "pass@1_se": 0.2, "n": 3}]) == {"pass@1": 0.1, "pass@1_se": 0.2, "n": 3}
 
 
 def test_mean_curve_by_hand():
-    curves = [{"metrics": [{"reward": reward} for reward in rewards]} for rewards in ([0.0, 0.5, 1.0], [0.5, 0.5], [])]
-    rewards, means, errors = evaluation.reward_curves(curves)
-    assert (rewards, means, errors) == ([[0.0, 0.5, 1.0], [0.5, 0.5]], [0.25, 0.5], [0.25, 0.0])
-    assert evaluation.reward_curves([]) == ([], [], [])
+    runs = [{"metrics": [{"reward": reward} for reward in rewards]} for rewards in ([0.0, 0.5, 1.0], [0.5, 0.5], [])]
+    assert evaluation.curves({"a": [], "b": runs}, "reward") == [
+        ("c1 thin", [0.0, 0.5, 1.0]), ("c1 thin", [0.5, 0.5]), ("c1 thick", [0.25, 0.5])]
+    assert evaluation.curves({}, "reward") == []
 
 
 def test_the_comparison_by_hand(runs):
     """Of 50, 70, 60 the mean is 60 and the error 10 / sqrt 3; of 40 and 50 they are 45 and 5."""
     html = evaluation.write_report(*runs).read_text()
     rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", html)]
-    for row in [["filter = True", "before", "20.0 ± 5.8"], ["filter = True", "after", "60.0 ± 5.8"],
-                ["filter = False", "before", "15.0 ± 5.0"], ["filter = False", "after", "45.0 ± 5.0"]]:
-        assert [row for _ in "."] == [found[1:4] for found in rows if found[:3] == ["shop", *row[:2]]]
+    names = re.findall("<i class='(.*?)'></i> (.*?)</span>", html)
+    assert names[:4] == [("c0 pale", "filter = True, before training"), ("c0", "filter = True, after training"),
+                         ("c1 pale", "filter = False, before training"), ("c1", "filter = False, after training")]
+    bars = re.findall("style='--length:(.*?);--error:(.*?)'><i class='(.*?)'></i><s></s></span><b>(.*?)</b>", html)
+    assert bars[:4] == [("0.2", "0.0577", "c0 pale", "20.0 ± 5.8"), ("0.6", "0.0577", "c0", "60.0 ± 5.8"),
+                        ("0.15", "0.05", "c1 pale", "15.0 ± 5.0"), ("0.45", "0.05", "c1", "45.0 ± 5.0")]
     assert [str(runs[5]), "2", "filter = False", "not finished"] in rows
-    assert [html.count(f"<polyline class='{classes}'") for classes in ("c0 thin", "c0 thick", "c1 thin", "c1 thick")] == [3, 1, 1, 1]
+    assert [html.count(f"<polyline class='{classes}'") for classes in ("c0 thin", "c0 thick", "c1 thin", "c1 thick")] == [6, 2, 2, 2]  # reward and signal
     assert "<h2>Transcripts" in html and (runs[0] / "report.html").exists() and not (runs[1] / "report.html").exists()
 
 
 def test_a_comparison_with_any_one_file_missing(runs):
     for name in evaluation.SMALL_FILES:
         (runs[1] / name).rename(runs[1] / "away")
-        assert "<h2>Comparison" in evaluation.write_report(*runs).read_text()
-        assert "<h2>Comparison" in evaluation.write_report(*runs[1::-1]).read_text()
+        assert "<summary>Each run" in evaluation.write_report(*runs).read_text()
+        assert "<summary>Each run" in evaluation.write_report(*runs[1::-1]).read_text()
         (runs[1] / "away").rename(runs[1] / name)
 
 
@@ -415,12 +418,16 @@ def test_empty_files_are_a_run_that_has_not_begun(tmp_path):
 
 def test_the_pictures_by_hand(runs, tmp_path):
     learning, shares, funnel = [ElementTree.parse(path).getroot() for path in figures.draw(runs[0].parent, tmp_path)]
-    for picture, words in [(learning, ["filtered", "not filtered (--no-filter)", "step 1"]),
+    for picture, words in [(learning, ["filtered", "not filtered (--no-filter)", "step 2"]),
                            (shares, ["60", "20", "45", "15", "Pass@1 (sampled)"]),
                            (funnel, ["attempts", "120", "all its code runs", "30 (25%)"])]:
         text = list(picture.itertext())
         assert set(words) <= set(text) and "prefers-color-scheme: dark" in text[1]
-    assert [len(learning.findall(f"{{*}}{tag}")) for tag in ("polygon", "polyline")] == [2, 2]
+    lines = [line.get("class") for line in learning.findall("{*}polyline")]
+    assert lines == ["c0 thin", "c0 thin", "c0 thin", "c1 thin", "c0 thick", "c1 thick"]
+    drawn = [bar.get("class") for bar in shares.findall("{*}rect") if bar.get("class") != "track"]
+    assert drawn == ["c0 pale", "c0", "c1 pale", "c1", "c0", "c1"]  # of one metric, and the legend
+    assert len(shares.findall("{*}path[@class='error']")) == 4
 
 
 def test_the_pictures_show_hostile_options_as_text(tmp_path):

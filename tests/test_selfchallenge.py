@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import selfchallenge
-from eval import SUITES, evaluate_baseline, load_suite
+from eval import SUITES, evaluate_policy, load_suite
 from rl import advantages, load_policy, make_optimizer
 from selfchallenge import (EXAMPLES, Challenger, HeldOut, asked, challenger_prompt, near, parameters, parse_options,
                            render_task, sort_out, words)
@@ -396,7 +396,7 @@ def test_the_readme_s_world_of_one_s_own_is_sound_and_short(jail, tmp_path, monk
     monkeypatch.setitem(EXAMPLES, "garden", None)
     exec(compile(code, "garden.py", "exec"), {"__name__": "garden"})
     assert judge(jail, EXAMPLES["garden"]).ok
-    numbers = evaluate_baseline("reference", jail, {"garden": load_suite("garden")})["garden"]
+    numbers = evaluate_policy("reference", jail, {"garden": load_suite("garden")})[0]["garden"]
     assert (numbers["pass@1"], numbers["nothing"], numbers["n"]) == (1, 0, 4)
     assert parse_options(["--env", "garden"]).env == ["garden"]
 
