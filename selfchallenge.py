@@ -27,7 +27,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +44,6 @@ from rl import (
     open_benchmarks,
     record,
     rollout,
-    rollout_by,
     rollout_limits,
     seeded,
     train,
@@ -420,7 +418,6 @@ def challenge(policy: Policy, optimizer: torch.optim.Optimizer, jail: Jail, held
     the filter says, and nothing is revised: the paper's ablation.
     """
     challenger = endpoint_model(options.challenger_endpoint, options.challenger_model) if options.challenger_endpoint else None
-    play = partial(rollout_by, challenger) if challenger else rollout
     bar = tqdm(total=options.challenges, initial=run.progress["challenges"], desc="challenge", unit="attempt", dynamic_ncols=True)
     while run.progress["challenges"] < options.challenges:
         first = run.progress["challenges"]
@@ -430,7 +427,7 @@ def challenge(policy: Policy, optimizer: torch.optim.Optimizer, jail: Jail, held
             for i in attempts
         ]
         generator = seeded(policy.device, options.seed, "challenge", first)
-        trajectories = play(policy, episodes, generator, bar=bar, **rollout_limits(options))
+        trajectories = rollout(policy, episodes, generator, bar=bar, model=challenger, **rollout_limits(options))
         kept = run.read("tasks.jsonl")
         known = [(task["env"], words(task["instruction"])) for task in kept]
         for episode in episodes:
