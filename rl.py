@@ -27,12 +27,10 @@ import sys
 import time
 import warnings
 from bisect import bisect
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -92,7 +90,7 @@ class Policy:
 
 
 @contextmanager
-def in_a_sentence(what: str, advice: str = "") -> Iterator[None]:
+def in_a_sentence(what: str, advice: str) -> Iterator[None]:
     """Turn what is wrong with a model into PolicyError, which says what cannot be done, why, and what to do."""
     try:
         yield
@@ -111,7 +109,7 @@ def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, see
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise PolicyError(f"there is no model folder {name!r}: give a folder, or a name on the hub, such as owner/name")
     path = HERE / "tiny" if name == "tiny" else name
-    advice = "give a folder or a hub name; for a gated model accept its licence on the hub, then run: hf auth login"
+    advice = "give a folder or a hub name; for a gated model accept its licence on the hub, then: hf auth login"
     with in_a_sentence(f"load the model {name!r}", advice):
         tokenizer = AutoTokenizer.from_pretrained(path)
         base = load_base(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
@@ -119,7 +117,7 @@ def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, see
         raise PolicyError(f"the model {name!r} has no chat template: use an instruction-tuned model")
     check_template(tokenizer)
     if not head_is_linear(base):
-        raise PolicyError(f"the model {name!r} does more to its logits than one linear layer: use another to train")
+        raise PolicyError(f"the model {name!r} does more to its logits than the trainer, one linear layer: use another")
     model = attach_adapter(base, adapter, rank, seed).train()
     ends = base.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
@@ -291,20 +289,19 @@ class Executor(Episode):
 
 @dataclass
 class Trajectory:
-    """An episode in tokens, as the trainer sees it; `tokens`, `mask` and `logprobs` have one entry a token."""
+    """An episode in tokens, for the trainer, and how far it has come; the first three fields have one entry a token."""
 
     tokens: list[int]  # append-only: the prompt, then the agent's turns and the observations in turn
     mask: list[bool]  # True where the agent sampled the token: only these carry loss
     logprobs: list[float]  # the sampler's log-probability of each sampled token, 0 elsewhere
-    reward: float = 0.0  # this and the status are the episode's, when that is over
-    status: str = ""
-    # while it is played:
     episode: Episode | None = None
+    reward: float = 0.0  # of the episode, when it is over
+    status: str = ""  # the same
+    over: bool = False
     prompt: tuple[int, ...] = ()  # the tokens of the opening, which the rollouts of a task share
     turn: int = 0  # where in the tokens the agent's turn begins
     fed: int = 0  # tokens that the KV cache holds: while the agent samples, all but the last
     text: str | None = None  # of the agent's turn, from its end until the episode has taken it
-    over: bool = False
 
     def extend(self, tokens: list[int], sampled: bool, logprobs: list[float] | None = None) -> None:
         """Append tokens, either all sampled by the agent or none."""
@@ -339,8 +336,9 @@ def rollout(
     user = user or own_user(policy, parallel, turn_tokens)
     trajectories = begin(policy, episodes, user, generator)
     running = [t for t in trajectories if not t.over]
-    turns = sampled_turns(policy, running, generator, temperature, parallel, turn_tokens, context)
-    for ended in written_turns(model, policy, running) if model else turns:
+    turns = (written_turns(model, policy, running) if model is not None else
+             sampled_turns(policy, running, generator, temperature, parallel, turn_tokens, context))
+    for ended in turns:
         take_steps(policy, [t for t in ended if not t.over], user, generator, context)
         if bar is not None:
             bar.update(sum(t.over for t in ended))
@@ -364,7 +362,7 @@ def opened(policy: Policy, messages: list[dict], episode: Episode | None = None)
     """Return the trajectory that begins with these messages."""
     prompt = prompt_tokens(policy.tokenizer, messages)
     size = len(prompt)
-    return Trajectory(prompt, [False] * size, [0.0] * size, episode=episode, prompt=tuple(prompt), turn=size)
+    return Trajectory(prompt, [False] * size, [0.0] * size, episode, prompt=tuple(prompt), turn=size)
 
 
 def hear_users(episodes: list[Episode], user: User, generator: Generator) -> dict[Episode, str | None]:
@@ -390,7 +388,7 @@ def sampled_turns(
         raise PolicyError(f"the model sees a sliding window of {window:,} tokens: lower --context to that")
     if (longest := max((len(t.prompt) for t in trajectories), default=0)) >= context:
         raise PolicyError(f"a prompt of {longest:,} tokens leaves no room in --context {context:,}: raise it")
-    slots, queue = trajectories[:parallel], deque(trajectories[parallel:])  # the trajectory in each slot
+    slots, queue = trajectories[:parallel], iter(trajectories[parallel:])  # the trajectory in each slot
     cache, ended = SlotCache(len(slots), context), []
     while slots:
         fill(policy, cache, slots)
@@ -409,7 +407,7 @@ def sampled_turns(
         if 2 * len(ended) >= len(slots):
             yield ended
             ended.clear()
-            slots = [queue.popleft() if t.over and queue else t for t in slots]
+            slots = [next(queue, t) if t.over else t for t in slots]
             cache.keep([slot for slot, t in enumerate(slots) if not t.over])
             slots = [t for t in slots if not t.over]
 
@@ -558,9 +556,14 @@ def fill(policy: Policy, cache: "SlotCache", slots: list[Trajectory]) -> None:
     lacking = {slot: t.tokens[t.fed:-1] for slot, t in enumerate(slots) if t.text is None and len(t.tokens) > t.fed + 1}
     if not lacking:
         return
-    holders = {t.prompt: slot for slot, t in enumerate(slots) if t.fed}
-    sources = {slot: slot if slots[slot].fed else holders.setdefault(slots[slot].prompt, slot) for slot in lacking}
-    new = {slot: tokens for slot, tokens in lacking.items() if sources[slot] == slot}
+    holders = {t.prompt: slot for slot, t in enumerate(slots) if t.fed}  # of prompts that the cache holds, or will soon
+    new, copies = {}, {}  # {slot: the tokens to feed it}, {slot: the slot to copy from}
+    for slot, tokens in lacking.items():
+        source = slot if slots[slot].fed else holders.setdefault(slots[slot].prompt, slot)
+        if source == slot:
+            new[slot] = tokens
+        else:
+            copies[slot] = source
     for first in range(0, max(map(len, new.values()), default=0), FEED_TOKENS):
         pieces = [(slot, tokens[first:first + FEED_TOKENS], slots[slot].fed + first)
                   for slot, tokens in new.items() if len(tokens) > first]
@@ -568,9 +571,9 @@ def fill(policy: Policy, cache: "SlotCache", slots: list[Trajectory]) -> None:
         sizes = [max(start + len(tokens), len(tokens) * FEED_COLUMNS // FEED_TOKENS) for _, tokens, start in pieces]
         for batch in micro_batches(sizes, FEED_COLUMNS):
             advance(policy, cache, *zip(*(pieces[number] for number in sorted(batch))))
+    for slot, source in copies.items():
+        cache.copy(source, slot, len(lacking[slot]))
     for slot, tokens in lacking.items():
-        if sources[slot] != slot:
-            cache.copy(sources[slot], slot, len(tokens))
         slots[slot].fed += len(tokens)
 
 
@@ -865,8 +868,7 @@ def append_lines(path: Path, records: list[dict]) -> None:
 # ---------------------------------------------------------------------------------------------------
 # will it fit? The memory of the code above, by arithmetic on a model's shape
 
-# Of models whose configuration the hub shows to registered users only: two widths, layers, heads, whether ends are tied.
-SHAPES = {
+SHAPES = {  # of models whose configuration is gated: widths, layers, heads, whether the embeddings are the head as well
     "meta-llama/Llama-3.2-1B-Instruct": (2048, 8192, 16, 32, True),
     "meta-llama/Llama-3.2-3B-Instruct": (3072, 8192, 28, 24, True),
     "meta-llama/Llama-3.1-8B-Instruct": (4096, 14_336, 32, 32, False),
@@ -885,7 +887,8 @@ def shape_of(name: str) -> PreTrainedConfig:
         width, inner, layers, heads, tied = SHAPES[name]
         return AutoConfig.for_model(
             "llama", hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=8, head_dim=width // heads, vocab_size=128_256, tie_word_embeddings=tied)
+            num_key_value_heads=8, head_dim=width // heads, vocab_size=128_256, tie_word_embeddings=tied,
+            max_position_embeddings=131_072)
     with in_a_sentence(f"read the configuration of {name!r}", f"known without it: {', '.join(SHAPES)}"):
         return AutoConfig.from_pretrained(HERE / "tiny" if name == "tiny" else name)
 
@@ -932,7 +935,7 @@ def rollout_bytes(memory: dict[str, float], parallel: int) -> float:
 
 def most_parallel(memory: dict[str, float], room: float) -> int:
     """Return how many episodes can be played side by side in so many bytes."""
-    return bisect(range(1, 10**6), room, key=partial(rollout_bytes, memory))
+    return bisect(range(1, 10**6), room, key=lambda parallel: rollout_bytes(memory, parallel))
 
 
 def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
@@ -957,8 +960,8 @@ def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
         times = [f"{step / 60:.1f} min", f"{12_000 * rollouts / 3600:.0f} h"]
         lines.append(row(f"{context:,}", f"{train / 2**30:.2f} GiB", most, f"{cache / 2**30:.2f} GiB", f"{parallel:,}",
                          *(times if parallel and train <= room else ["does not fit", "-"])))
-    lines.append(f"Weights: {memory['weights'] / 2**30:.2f} GiB. Give --context, --micro-batch-tokens of the same size, "
-                 "and at most so many --parallel as are side by side (fewer where the model itself plays users, who "
+    lines.append(f"Weights: {memory['weights'] / 2**30:.2f} GiB. Give --context, --micro-batch-tokens of the same size,"
+                 " and at most so many --parallel as are side by side (fewer where the model itself plays users, who "
                  f"need a cache as well). A step: {episodes} episodes (--tasks-per-step x --rollouts), at the speed "
                  "that the data sheet of an RTX 3090 allows.")
     return "\n".join(lines)
