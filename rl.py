@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -333,7 +334,7 @@ def rollout(
     endpoint, may play in the policy's place. Raises PolicyError if a prompt does not fit into the context, or the
     context not into the model's sliding window, which the cache does not imitate.
     """
-    user = user or own_user(policy, parallel, turn_tokens)
+    user = user or partial(own_user, policy, parallel, turn_tokens)
     trajectories = begin(policy, episodes, user, generator)
     running = [t for t in trajectories if not t.over]
     turns = (written_turns(model, policy, running) if model is not None else
@@ -512,17 +513,17 @@ def executor(jail: Jail, task: Any, judge: Callable[..., Verdict] = evaluate) ->
     return (SupportAgent if ENVIRONMENTS[task.env].talks else Executor)(jail, task, judge)
 
 
-def own_user(policy: Policy, parallel: int, turn_tokens: int) -> User:
-    """Return a user whom the policy's own base plays: without the adapter, so that training does not change it."""
-    def reply(conversations: list[list[dict]], generator: Generator) -> list[str]:
-        turns = [opened(policy, conversation) for conversation in conversations]
-        context = turn_tokens + max(len(t.prompt) for t in turns)
-        with policy.model.disable_adapter():
-            for ended in sampled_turns(policy, turns, generator, 1.0, parallel, turn_tokens, context):
-                for t in ended:
-                    t.over = True
-        return [t.text for t in turns]
-    return reply
+def own_user(
+    policy: Policy, parallel: int, turn_tokens: int, conversations: list[list[dict]], generator: Generator
+) -> list[str]:
+    """Return what users say whom the policy's base plays: without the adapter, so that training does not matter."""
+    turns = [opened(policy, conversation) for conversation in conversations]
+    context = turn_tokens + max(len(t.prompt) for t in turns)
+    with policy.model.disable_adapter():
+        for ended in sampled_turns(policy, turns, generator, 1.0, parallel, turn_tokens, context):
+            for t in ended:
+                t.over = True
+    return [t.text for t in turns]
 
 
 def written_turns(model: Callable, policy: Policy, trajectories: list[Trajectory]) -> Iterator[list[Trajectory]]:
@@ -935,7 +936,7 @@ def rollout_bytes(memory: dict[str, float], parallel: int) -> float:
 
 def most_parallel(memory: dict[str, float], room: float) -> int:
     """Return how many episodes can be played side by side in so many bytes."""
-    return bisect(range(1, 10**6), room, key=lambda parallel: rollout_bytes(memory, parallel))
+    return bisect(range(1, 10**6), room, key=partial(rollout_bytes, memory))
 
 
 def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
