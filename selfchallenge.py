@@ -25,7 +25,6 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ from tqdm import tqdm
 
 from eval import SUITES, BenchmarkTask, continued, evaluate_policy, format_table, load_suite, setting_of, write_report
 from rl import (Episode, Policy, add_training_options, advice_on_memory, append_lines, load_policy, make_optimizer,
-                open_benchmarks, record, rollout, rollout_by, rollout_limits, seeded, train, versions)
+                open_benchmarks, record, rollout, rollout_limits, seeded, train, versions)
 from tools import ENVIRONMENTS, Environment, endpoint_model, make_environment
 from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task
 
@@ -421,9 +420,9 @@ def challenge(jail: Jail, held_out: HeldOut, run: Run, options: argparse.Namespa
     rejected.jsonl with the stage and the reason. With options.filter off, every task that can be read is kept, whatever
     the filter says, and nothing is revised: the paper's ablation.
     """
-    play, begun, total = rollout, run.progress["challenges"], options.challenges
+    model, begun, total = None, run.progress["challenges"], options.challenges
     if options.challenger_endpoint:
-        play = partial(rollout_by, endpoint_model(options.challenger_endpoint, options.challenger_model))
+        model = endpoint_model(options.challenger_endpoint, options.challenger_model)
     revisions = options.revisions if options.filter else 0
     known = [(task["env"], asked(task)) for task in run.read("tasks.jsonl")]
     bar = tqdm(total=total, initial=begun, desc="challenge", unit="attempt", dynamic_ncols=True)
@@ -432,7 +431,7 @@ def challenge(jail: Jail, held_out: HeldOut, run: Run, options: argparse.Namespa
         worlds = [(options.env[i % len(options.env)], options.seed * 10**5 + i) for i in attempts]
         episodes = [Challenger(jail, env, seed, revisions) for env, seed in worlds]
         generator = seeded(run.policy.device, options.seed, "challenge", first)
-        trajectories = play(run.policy, episodes, generator, bar=bar, **rollout_limits(options))
+        trajectories = rollout(run.policy, episodes, generator, bar=bar, model=model, **rollout_limits(options))
         for episode, trajectory in zip(episodes, trajectories):
             line = sort_out(episode, known, held_out, options.filter)
             if "stage" in line:

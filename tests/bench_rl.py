@@ -61,16 +61,16 @@ def turn_by_turn(
     generate: Callable, policy: Policy, episodes: list[Episode], generator: torch.Generator, turn_tokens: int, context: int
 ) -> list[Trajectory]:
     """Play the episodes with a function that continues all the histories it is given by one turn."""
-    seats = begin(policy, episodes, None, generator)  # nobody talks to a user
+    trajectories = begin(policy, episodes, None, generator)  # nobody talks to a user
     # Both of the library's ways are to sample from the full distribution, until a turn ends.
     settings = GenerationConfig(max_new_tokens=turn_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                 eos_token_id=sorted(policy.stop_ids), pad_token_id=min(policy.stop_ids))
-    while running := [seat for seat in seats if not seat.over]:
-        for seat, turn in zip(running, generate(policy, [seat.trajectory.tokens for seat in running], settings)):
-            seat.trajectory.extend(turn, True, [0.0] * len(turn))
-            seat.text = turn_text(policy, turn)
+    while running := [t for t in trajectories if not t.over]:
+        for t, turn in zip(running, generate(policy, [t.tokens for t in running], settings)):
+            t.extend(turn, True, [0.0] * len(turn))
+            t.text = turn_text(policy, turn)
         take_steps(policy, running, None, generator, context)
-    return [seat.trajectory for seat in seats]
+    return trajectories
 
 
 @torch.inference_mode()

@@ -168,7 +168,7 @@ def rollout_peak(policy: rl.Policy, slots: int, context: int) -> int:
     rows = max(1, min(slots - 1, rl.FEED_COLUMNS // context))
     tokens = min(rl.FEED_TOKENS // rows, context - 1)
     with memory_on(policy, weights) as memory:
-        cache = rl.SlotCache(policy.model.config, slots, context)
+        cache = rl.SlotCache(slots, context)
         rl.advance(policy, cache, range(rows), [[1] * tokens] * rows, [context - tokens] * rows)
         rl.sample_tokens(rl.advance(policy, cache, range(slots), [[1]] * slots, [context - 1] * slots), None, 1.0)
         cache.keep(list(range(1, slots)))
