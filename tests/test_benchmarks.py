@@ -58,7 +58,7 @@ class loaded:
         self.classes = {kind: dict(vars(kind)) for kind in (M3ToolEval, TauBench, *WORLDS)}
         forget_tau_bench()
         for kind in WORLDS:
-            kind.functions = {}
+            kind.held_out = []
         try:
             tools.load_benchmarks(*self.paths)
         except BaseException:
@@ -93,29 +93,30 @@ def run(jail, environment, code):
 
 def test_a_world_without_a_checkout_says_which_one_it_needs():
     for kind in WORLDS:
-        if not kind.functions:
+        if not kind.held_out:
             with pytest.raises(BenchmarkError, match=f"{kind.name} needs a checkout of .* --(m3tooleval|tau-bench) PATH .*git clone"):
                 tools.make_environment(kind.name)
 
 
 def test_what_is_no_checkout_gets_a_sentence(tmp_path):
-    for benchmark in (tools.M3TOOLEVAL, tools.TAU_BENCH):
-        with pytest.raises(BenchmarkError, match=f"no checkout of {benchmark.name}.*git clone {benchmark.url} && git -C .* checkout {benchmark.commit}"):
-            benchmark.find(tmp_path)
+    for kind in (M3ToolEval, TauBench):
+        with pytest.raises(BenchmarkError, match=f"no checkout of {kind.benchmark}.*git clone {kind.url} && git -C .* checkout {kind.commit}"):
+            kind.load(tmp_path)
 
 
 def test_an_incomplete_checkout_gets_a_sentence(tmp_path):
     folder = make_m3tooleval(tmp_path)
     (folder / "tasks/impl/web_browsing/web_pages.jsonl").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(BenchmarkError, match="incomplete: tasks/impl/web_browsing/web_pages.jsonl"):
-        tools.M3TOOLEVAL.find(folder, any_version=True)
+    with pytest.raises(BenchmarkError, match="tasks/impl/web_browsing/web_pages.jsonl is missing or incomplete"):
+        M3ToolEval.load(folder, any_version=True)
 
 
 def test_another_version_needs_a_flag(tmp_path):
     folder = make_tau_bench(tmp_path)
-    with pytest.raises(BenchmarkError, match="not the known version of TauBench.*--any-version"):
-        tools.TAU_BENCH.find(folder)
-    assert tools.TAU_BENCH.find(folder, any_version=True) == folder
+    with pytest.raises(BenchmarkError, match="checkout of TauBench.*envs/base.py is not the known version.*--any-version"):
+        TauBench.load(folder)
+    with loaded(tau_bench=folder, any_version=True):
+        assert len(Retail.held_out) == len(Airline.held_out) == 4
 
 
 def test_tau_bench_from_elsewhere_is_refused(checkouts, tmp_path):
