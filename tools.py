@@ -66,13 +66,13 @@ class Environment:
     talks = False           # whether there is a user, to whom the executor's answers are messages
     over = False            # whether a tool has ended the episode
     state: Any = None
-    functions: dict[str, Callable] = {}  # the tools, by name
+    tools: dict[str, Callable] = {}  # by name, each a function of the environment and its own arguments
     provenance: dict = {}   # what a result should say about where this world comes from
 
     def __init_subclass__(cls):
         members = {name: member for base in reversed(cls.__mro__) for name, member in vars(base).items()}
-        tools = {name: member for name, member in members.items() if getattr(member, "is_tool", False)}
-        cls.functions = tools or cls.functions  # a benchmark's come from elsewhere
+        marked = {name: member for name, member in members.items() if getattr(member, "is_tool", False)}
+        cls.tools = marked or cls.tools  # a benchmark's come from elsewhere
 
     def __init__(self, seed: int = 0):
         self.reset(seed)
@@ -93,14 +93,10 @@ class Environment:
     def missing(cls) -> str | None:
         """Return what the user must do before this world can be entered, or None."""
 
-    def tools(self) -> dict[str, Callable]:
-        """Return {name: function} of the tools, each a function of this environment and its own arguments."""
-        return self.functions
-
     def documentation(self) -> str:
         """Return the tools' signatures and docstrings as the text that a model reads."""
         entries = []
-        for name, function in self.tools().items():
+        for name, function in self.tools.items():
             signature = signature_of(function)
             signature = signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
             entries.append(f"{name}{signature}\n" + textwrap.indent(inspect.getdoc(function), "    "))
@@ -112,7 +108,7 @@ class Environment:
         Raises ToolError, never anything else, if there is no such tool, if the arguments do not fit
         its signature, or if the tool refuses: all three are the model's mistakes, not the program's.
         """
-        function = self.tools().get(name) if isinstance(name, str) else None
+        function = self.tools.get(name) if isinstance(name, str) else None
         if function is None:
             raise ToolError(f"there is no tool {name!r:.100}")
         signature = signature_of(function)
@@ -324,15 +320,14 @@ class BenchmarkError(ValueError):
 
 
 class BenchmarkEnvironment(Environment):
-    """A world that comes from a checkout; `load` calls `fill`, which gives its benchmark's two worlds what they need.
+    """A world that comes from a checkout: `load` finds and checks it, and `fill` gives its two worlds what they need.
 
     For the held-out task of a number `solve` does what the reference does and returns its answer, and `passes` is the
     benchmark's own verdict on the state and an answer.
     """
 
-    benchmark: str              # the name of the repository
-    url: str
-    commit: str                 # that this file was written against
+    benchmark: str              # its name
+    clone: str                  # the commands that make a checkout of the commit that this file was written against
     option: str                 # of the command line, which takes the checkout's path
     folder = "."                # in the checkout; its path will do as well
     files: dict[str, str]       # {file: first 16 hex digits of its sha256} of those that decide what is measured
@@ -340,10 +335,8 @@ class BenchmarkEnvironment(Environment):
 
     @classmethod
     def missing(cls) -> str | None:
-        if cls.held_out:
-            return None
-        return (f"{cls.name} needs a checkout of {cls.benchmark}: give its path with {cls.option} PATH "
-                f"(git clone {cls.url})")
+        needed = f"{cls.name} needs a checkout of {cls.benchmark}: give its path with {cls.option} PATH ({cls.clone})"
+        return None if cls.held_out else needed
 
     @classmethod
     def load(cls, path: str | Path, any_version: bool = False) -> None:
@@ -366,10 +359,9 @@ class BenchmarkEnvironment(Environment):
         except (OSError, ValueError) as error:  # such as a file of data that is cut off
             problem = f"it is incomplete: {error}"
         except Exception as error:  # of the benchmark's own code, or because a library is missing
-            problem = f"it cannot be imported: {error} (pip install what is missing)"
-        raise BenchmarkError(
-            f"{str(path)!r} is no checkout of {cls.benchmark} that can be used: {problem}. Make one with "
-            f"git clone {cls.url} && git -C {Path(cls.url).name} checkout {cls.commit}, and give {cls.option} its path")
+            problem = f"its import raises {type(error).__name__}: {error} (pip install what is missing)"
+        raise BenchmarkError(f"{str(path)!r} is no checkout of {cls.benchmark} that can be used: {problem}. "
+                             f"Make one with {cls.clone}, and give its path with {cls.option}")
 
     def place(self, number: int) -> tuple[int, str]:
         """Return the seed at which a held-out task is played, and the group in which it is counted."""
@@ -394,23 +386,21 @@ TYPES = {
 }
 
 
-def foreign_tool(
-        function: Callable, original: Callable, description: str, types: dict[str, str], returns: str = "") -> Callable:
-    """Return `function` in the form of this file's tools, with the parameters of the original behind self.
+def foreign_tool(invoke: Callable, original: Callable, description: str, types: dict, returns: str = "") -> Callable:
+    """Return a function in the form of this file's tools, with the parameters of the benchmark's original behind self.
 
-    Its types, {parameter: word}, and that of its result are those of TYPES, or unknown.
+    Their types, {parameter: word}, and that of what it returns are those of TYPES, or unknown.
     """
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
     for name, parameter in inspect.signature(original).parameters.items():
         word = types.get(name, getattr(parameter.annotation, "__name__", ""))
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            word = ""  # it would be that of each, not of the tuple
-        if name != "data":  # TauBench's database
+            word = ""  # for it is that of each, not of their tuple
+        if name != "data":  # which is TauBench's database
             parameters.append(parameter.replace(annotation=TYPES.get(word, inspect.Parameter.empty)))
-    function.__doc__ = description
-    function.__signature__ = inspect.Signature(
-        parameters, return_annotation=TYPES.get(returns, inspect.Signature.empty))
-    return function
+    result = TYPES.get(returns, inspect.Signature.empty)
+    invoke.__doc__, invoke.__signature__ = description, inspect.Signature(parameters, return_annotation=result)
+    return invoke
 
 
 OPERATORS = {
@@ -449,8 +439,8 @@ class M3ToolEval(BenchmarkEnvironment):
     """What Calculation and Web Browsing share (arXiv 2402.01030)."""
 
     answered = True
-    benchmark, url, commit = "M3ToolEval", "https://github.com/xingyaoww/code-act", "d607f56c9cfe"
-    option, folder = "--m3tooleval", "scripts/eval/m3tooleval"
+    benchmark, option, folder = "M3ToolEval", "--m3tooleval", "scripts/eval/m3tooleval"
+    clone = "git clone https://github.com/xingyaoww/code-act && git -C code-act checkout d607f56c9cfe"
     files = {
         "tasks/base.py": "b39de50ba7183dba",
         "tasks/impl/web_browsing/web_pages.jsonl": "bc885a9be35c1611",
@@ -470,13 +460,13 @@ class M3ToolEval(BenchmarkEnvironment):
         tasks = [task for iterator, _ in base.task_iterators for task in iterator]
         wrong = sum(not task.check_answer(str(task.expected_output)) for task in tasks)
         if wrong or len(tasks) != 82 and not any_version:
-            raise BenchmarkError(f"of its {len(tasks)} tasks (82 are known) the reference answers of {wrong} fail their "
-                                 "own check")
+            raise BenchmarkError(f"of its {len(tasks)} tasks (82 are known) the reference answers of {wrong} fail "
+                                 "their own check")
         groups: dict[str, list] = {}
         for task in tasks:
             groups.setdefault(task.name.partition("/")[0], []).append(task)
         WebBrowsing.held_out = groups.pop("web_browsing")
-        WebBrowsing.functions = {name: m3_tool(tool) for name, tool in web.create_tools().items()}
+        WebBrowsing.tools = {name: m3_tool(tool) for name, tool in web.create_tools().items()}
         WebBrowsing.browser, WebBrowsing.pages = web.WebBrowser, web.PAGES
         Calculation.held_out = [task for group in groups.values() for task in group]
         Calculation.domains = {}
@@ -497,12 +487,12 @@ class M3ToolEval(BenchmarkEnvironment):
 
     @classmethod
     def passes_tolerantly(cls, number: int, answer: Any) -> bool:
-        """Like `passes`, but numbers may differ by rounding to two decimals (not 68 from 68.71), text in case and quotes."""
+        """Like `passes`, but numbers may be rounded to two decimals (68 is not 68.71), and case and quotes differ."""
         return alike(literal(str(answer)[:1_000]), cls.held_out[number].expected_output)
 
 
 def m3_tool(tool: Any) -> Callable:
-    """Return a tool of M3ToolEval in the form of this file's; the types that it declares hold where the names are right."""
+    """Return a tool of M3ToolEval in the form of this file's; of its own signature only the types are believed."""
     declared, _, output = tool.fn_signature.partition("->")
 
     def invoke(environment: M3ToolEval, *arguments: Any) -> Any:
@@ -524,7 +514,7 @@ def literal(text: str) -> Any:
 
 
 def alike(answer: Any, expected: Any) -> bool:
-    """Whether an answer says what is expected: numbers but for rounding, text but for case and quotes, lists by items."""
+    """Whether an answer says what is expected: numbers but for rounding, text but for case and quotes, item by item."""
     if isinstance(expected, (list, tuple)):
         return isinstance(answer, (list, tuple)) and len(answer) == len(expected) and all(map(alike, answer, expected))
     if isinstance(expected, dict):
@@ -548,8 +538,8 @@ class Calculation(M3ToolEval):
 
     def reset(self, seed: int) -> None:
         domain = list(self.domains)[seed % len(self.domains)]
-        self.state, self.functions = {"domain": domain}, self.domains[domain]
-        self.start = random.Random(f"calculation {seed}").sample(list(self.functions), min(2, len(self.functions)))
+        self.state, self.tools = {"domain": domain}, self.domains[domain]
+        self.start = random.Random(f"calculation {seed}").sample(list(self.tools), min(2, len(self.tools)))
 
     def place(self, number: int) -> tuple[int, str]:
         domain = self.held_out[number].name.partition("/")[0]
@@ -597,8 +587,8 @@ class TauBench(BenchmarkEnvironment):
 
     answered = False
     talks = True
-    benchmark, url, commit = "TauBench", "https://github.com/sierra-research/tau-bench", "59a200c6d575"
-    option = "--tau-bench"
+    benchmark, option = "TauBench", "--tau-bench"
+    clone = "git clone https://github.com/sierra-research/tau-bench && git -C tau-bench checkout 59a200c6d575"
     files = {
         "tau_bench/envs/base.py": "1ad0402073f0ac9c",
         "tau_bench/envs/retail/tasks_test.py": "6f09468923c6cfb6",
@@ -621,10 +611,10 @@ class TauBench(BenchmarkEnvironment):
                                         for part in ("data", "tools", "wiki", "tasks_test"))
             database = data.load_data()
             kind.pristine, kind.users, kind.summary = pickle.dumps(database), sorted(database["users"]), wiki.WIKI
-            kind.functions = {tool.get_info()["function"]["name"]: tau_tool(tool) for tool in tools.ALL_TOOLS}
+            kind.tools = {tool.get_info()["function"]["name"]: tau_tool(tool) for tool in tools.ALL_TOOLS}
             kind.held_out = next(value for name, value in vars(tasks).items() if name.startswith("TASKS"))
-            numbers = range(len(kind.held_out))
-            for number in (next(number for number in numbers if kind().writes(number)), numbers[-1]):
+            writing = next(filter(kind().writes, range(len(kind.held_out))))
+            for number in (writing, -1):
                 environment = kind()
                 if not environment.passes(number, environment.solve(number)):
                     raise BenchmarkError(f"{kind.name} does not judge its own references as it should")

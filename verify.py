@@ -673,7 +673,7 @@ class Session(contextlib.AbstractContextManager):
             return Outcome("", f"the code {problem}")
         request = {"code": code, "name": name, "arguments": arguments}
         if not self.sent:
-            request["tools"] = list(self.environment.tools()) if self.environment else []
+            request["tools"] = list(self.environment.tools) if self.environment else []
         try:
             message = pack(plain(request))
         except ValueError as error:
