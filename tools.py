@@ -449,6 +449,7 @@ class M3ToolEval(BenchmarkEnvironment):
 
     @classmethod
     def fill(cls, folder: Path, any_version: bool) -> None:
+        """Import the benchmark, try its references out, and give each world its tools and tasks."""
         alias = f"m3tooleval_{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"  # for its own name is "tasks"
         if alias not in sys.modules:
             spec = importlib.util.spec_from_file_location(alias, folder / "tasks/__init__.py")
@@ -600,6 +601,7 @@ class TauBench(BenchmarkEnvironment):
 
     @classmethod
     def fill(cls, folder: Path, any_version: bool) -> None:
+        """Import the benchmark's parts, give each world its tools and tasks, and try two references out."""
         loaded = sys.modules.get("tau_bench")
         if loaded is not None and str(folder / "tau_bench") not in map(str, loaded.__path__):
             raise BenchmarkError(f"tau_bench is already imported from {list(loaded.__path__)[0]}: start Python anew")
@@ -620,7 +622,7 @@ class TauBench(BenchmarkEnvironment):
                     raise BenchmarkError(f"{kind.name} does not judge its own references as it should")
 
     def reset(self, seed: int) -> None:
-        vars(self).pop("state", None)
+        vars(self).pop("state", None)  # which is made anew below
         self.over = False
         self.user = random.Random(f"{self.name} {seed}").choice(self.users)
 
@@ -718,15 +720,13 @@ def described_by(schema: dict) -> str:
 class Retail(TauBench):
     """A shop: users, their orders, and products in variants."""
 
-    name = "retail"
-    numbers = "orders"
+    name, numbers = "retail", "orders"
 
 
 class Airline(TauBench):
     """An airline: users, their reservations, and flights."""
 
-    name = "airline"
-    numbers = "reservations"
+    name, numbers = "airline", "reservations"
 
 
 # ---------------------------------------------------------------------------------------------------
