@@ -647,13 +647,6 @@ class TauBench(BenchmarkEnvironment):
         name = " ".join(user["name"].values())
         return f"You are {name}, user id {self.user}, zip code {user['address']['zip']}. {instruction}"
 
-    def call(self, name: str, arguments: list, keywords: dict) -> Any:
-        if self.over:
-            raise ToolError("the conversation has ended: it was handed to a human")
-        result = super().call(name, arguments, keywords)
-        self.over = name == "transfer_to_human_agents"
-        return result
-
     def replay(self, actions: list[Any]) -> None:
         """Take the actions of a task of the benchmark, as far as they go."""
         for action in copy.deepcopy(actions):
@@ -700,6 +693,9 @@ def tau_tool(tool: Any) -> Callable:
     lines = [info["description"].strip(), *(f"{name}: {described_by(described[name])}" for name in names)]
 
     def invoke(environment: TauBench, *arguments: Any) -> Any:
+        if environment.over:
+            raise ToolError("the conversation has ended: it was handed to a human")
+        environment.over = info["name"] == "transfer_to_human_agents"
         if info["name"] == "calculate":
             return round(float(arithmetic(*arguments)), 2)
         result = tool.invoke(environment.state, *arguments)
