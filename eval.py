@@ -255,7 +255,7 @@ def numbers_of(tasks: list, baselines: dict, lines: list[dict]) -> dict:
         rows = [row for row, task in enumerate(tasks) if task.group == group]
         groups[group] = summarize(sampled[rows], greedy[rows])
     numbers = summarize(sampled, greedy) | {name: fmean(passed) for name, passed in baselines.items()}
-    return numbers | ({"groups": groups} if groups else {}) | ENVIRONMENTS[tasks[0].env].provenance()
+    return numbers | ({"groups": groups} if groups else {}) | ENVIRONMENTS[tasks[0].env].provenance
 
 
 # ---------------------------------------------------------------------------------------------------

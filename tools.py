@@ -17,17 +17,14 @@ M3ToolEval, `retail` and `airline` from TauBench. Departures from these benchmar
 Read next: verify.py, which runs code against an environment and judges tasks.
 """
 import ast
-import builtins
 import contextlib
 import copy
 import functools
 import gc
 import hashlib
-import importlib
 import importlib.util
 import inspect
 import io
-import itertools
 import json
 import math
 import operator
@@ -39,11 +36,9 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, UnionType
-from typing import Any, Callable, Iterable
-
+from types import ModuleType, SimpleNamespace
+from typing import Any, Callable
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -58,26 +53,28 @@ def tool(method: Callable) -> Callable:
     return method
 
 
+signature_of = functools.cache(inspect.signature)  # which takes longer than most tools
+
+
 class Environment:
-    """A world: subclass it, fill `self.state` with plain data in `reset`, and mark methods with `@tool`.
+    """A world: subclass it, fill `self.state` with plain data in `reset`, and mark methods with `@tool`."""
 
-    name        the word by which tasks and the command line call it
-    answered    True if `evaluate(answer)` judges the final answer, False if `evaluate()` judges the state
-    summary     what a model is told about it, above the tools' documentation
-    suite       the file of held-out tasks on which policies are measured, a task a line
-    talks       whether there is a user, to whom the executor's answers are messages
-    over        whether a tool has ended the episode
-    """
+    name: str               # the word by which tasks and the command line call it
+    answered: bool          # True if `evaluate(answer)` judges the final answer, False if `evaluate()` judges the state
+    summary: str            # what a model is told about it, above the tools' documentation
+    suite: Path             # the file of held-out tasks on which policies are measured, a task a line
+    talks = False           # whether there is a user, to whom the executor's answers are messages
+    over = False            # whether a tool has ended the episode
+    state: Any = None
+    tools: dict[str, Callable] = {}  # by name, each a function of the environment and its own arguments
+    provenance: dict = {}   # what a result should say about where this world comes from
 
-    name: str
-    answered: bool
-    summary: str
-    suite: Path
-    talks = False
-    over = False
+    def __init_subclass__(cls):
+        members = {name: member for base in reversed(cls.__mro__) for name, member in vars(base).items()}
+        marked = {name: member for name, member in members.items() if getattr(member, "is_tool", False)}
+        cls.tools = marked or cls.tools  # a benchmark's come from elsewhere
 
     def __init__(self, seed: int = 0):
-        self.state: Any = None
         self.reset(seed)
 
     def reset(self, seed: int) -> None:
@@ -88,32 +85,22 @@ class Environment:
         """One sentence that gives the challenger something concrete to begin with in this state."""
         raise NotImplementedError(f"{type(self).__name__} names no starting point")
 
-    def tools(self) -> dict[str, Callable]:
-        """Return {name: function} of the tools, each a function of this environment and its own arguments."""
-        return tools_of(type(self))
-
-    def documentation(self) -> str:
-        """Return the tools' signatures and docstrings as the text that a model reads."""
-        entries = []
-        for name, function in self.tools().items():
-            signature = signature_of(function)
-            signature = signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
-            entries.append(f"{name}{signature}\n" + textwrap.indent(inspect.getdoc(function), "    "))
-        return "\n".join(entries)
-
-    @classmethod
-    def missing(cls) -> str | None:
-        """Return what the user must do before this world can be entered, or None."""
-        return None
-
     def as_told(self, instruction: str) -> str:
         """Return a new task's instruction as the executor, or the user whom it serves, is to have it."""
         return instruction
 
     @classmethod
-    def provenance(cls) -> dict:
-        """Return what a result should say about where this world comes from."""
-        return {}
+    def missing(cls) -> str | None:
+        """Return what the user must do before this world can be entered, or None."""
+
+    def documentation(self) -> str:
+        """Return the tools' signatures and docstrings as the text that a model reads."""
+        entries = []
+        for name, function in self.tools.items():
+            signature = signature_of(function)
+            signature = signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
+            entries.append(f"{name}{signature}\n" + textwrap.indent(inspect.getdoc(function), "    "))
+        return "\n".join(entries)
 
     def call(self, name: str, arguments: list, keywords: dict) -> Any:
         """Execute one tool call that arrived as data; return the tool's result, which is data too.
@@ -121,7 +108,7 @@ class Environment:
         Raises ToolError, never anything else, if there is no such tool, if the arguments do not fit
         its signature, or if the tool refuses: all three are the model's mistakes, not the program's.
         """
-        function = self.tools().get(name) if isinstance(name, str) else None
+        function = self.tools.get(name) if isinstance(name, str) else None
         if function is None:
             raise ToolError(f"there is no tool {name!r:.100}")
         signature = signature_of(function)
@@ -130,34 +117,20 @@ class Environment:
         except TypeError as error:
             raise ToolError(f"{name}: {error}") from None
         for parameter, value in list(bound.arguments.items())[1:]:
-            if (expected := signature.parameters[parameter].annotation) is not inspect.Parameter.empty:
-                check_type(f"{name}: {parameter}", value, expected)
+            expected = signature.parameters[parameter].annotation
+            fits = isinstance(value, expected) and (expected is bool or type(value) is not bool)  # True is no number
+            if expected is not inspect.Parameter.empty and not fits:
+                wanted = getattr(expected, "__name__", expected)
+                raise ToolError(f"{name}: {parameter} must be {wanted}, not {type(value).__name__}")
         return function(*bound.args, **bound.kwargs)
-
-
-@functools.cache
-def tools_of(kind: type[Environment]) -> dict[str, Callable]:
-    """Return {name: function} of the methods marked as tools, in the order in which the classes define them."""
-    members = {name: member for base in reversed(kind.__mro__) for name, member in vars(base).items()}
-    return {name: member for name, member in members.items() if getattr(member, "is_tool", False)}
-
-
-signature_of = functools.cache(inspect.signature)  # which takes longer than most tools
-
-
-def check_type(what: str, value: Any, expected: type | UnionType) -> None:
-    """Raise ToolError unless `value` is an instance of `expected`; True is not a number here."""
-    fits = isinstance(value, expected) and not (isinstance(value, bool) and expected is not bool)
-    if not fits:
-        raise ToolError(f"{what} must be {getattr(expected, '__name__', expected)}, not {type(value).__name__}")
 
 
 # ---------------------------------------------------------------------------------------------------
 # calculator: judged by the answer
 #
-# One task is followed through all five files, from the challenger to the gradient (seed 0 of the default run). Here is its
-# world; verify.py judges what the challenger hands in, rl.py learns from it, eval.py measures on a cousin of it, and
-# selfchallenge.py, the last file, has the challenger's turns.
+# One task is followed through all five files, from the challenger to the gradient (seed 0 of the default run). Here is
+# its world; verify.py judges what the challenger hands in, rl.py learns from it, eval.py measures on a cousin of it,
+# and selfchallenge.py, the last file, has the challenger's turns.
 #   world = make_environment("calculator", seed=10)
 #   world.starting_point()              'Start from the item tea.'    what the challenger is told
 #   world.call("amount", ["tea"], {})   14                            how a call arrives from the jail: as data
@@ -228,8 +201,8 @@ class Calculator(Environment):
 # ---------------------------------------------------------------------------------------------------
 # shop: judged by the state
 
-CUSTOMERS = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Hugo", "Iris", "Jonas", "Karen", "Liam", "Maria",
-             "Noah", "Olga", "Paul", "Rosa", "Simon", "Tina", "Viktor"]
+CUSTOMERS = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Hugo", "Iris", "Jonas", "Karen", "Liam",
+             "Maria", "Noah", "Olga", "Paul", "Rosa", "Simon", "Tina", "Viktor"]
 CITIES = ["Oslo", "Rome", "Paris", "Lima", "Cairo", "Delhi", "Tokyo", "Quito"]
 
 
@@ -254,15 +227,11 @@ class Shop(Environment):
         for customer_id in customers:
             for position, item in enumerate(generator.sample(ITEMS, 4)):
                 order_id = f"W{generator.randint(100, 999)}{len(orders)}"  # the last digits keep the ids apart
-                orders[order_id] = {
-                    "order_id": order_id,
-                    "customer_id": customer_id,
-                    "item": item,
-                    "quantity": generator.randint(1, 4),
-                    "city": generator.choice(CITIES),
-                    "status": ["pending", "pending", "delivered", "delivered"][position],
-                }
-        self.state = {"customers": customers, "orders": orders, "stock": {item: generator.randint(6, 9) for item in ITEMS}}
+                orders[order_id] = {"order_id": order_id, "customer_id": customer_id, "item": item,
+                                    "quantity": generator.randint(1, 4), "city": generator.choice(CITIES),
+                                    "status": "pending" if position < 2 else "delivered"}
+        self.state = {"customers": customers, "orders": orders,
+                      "stock": {item: generator.randint(6, 9) for item in ITEMS}}
         self.start = names[0]
 
     def starting_point(self) -> str:
@@ -305,21 +274,19 @@ class Shop(Environment):
     @tool
     def cancel_order(self, order_id: str) -> str:
         """Cancel an order; only a pending one can be cancelled. Returns the new status."""
-        order = self._order(order_id, status="pending")
-        order["status"] = "cancelled"
-        return order["status"]
+        self._order(order_id, "pending")["status"] = "cancelled"
+        return "cancelled"
 
     @tool
     def return_order(self, order_id: str) -> str:
         """Send an order back; only a delivered one can be returned. Returns the new status."""
-        order = self._order(order_id, status="delivered")
-        order["status"] = "returned"
-        return order["status"]
+        self._order(order_id, "delivered")["status"] = "returned"
+        return "returned"
 
     @tool
     def change_quantity(self, order_id: str, quantity: int) -> int:
         """Change the quantity of a pending order, within what is in stock. Returns the new quantity."""
-        order = self._order(order_id, status="pending")
+        order = self._order(order_id, "pending")
         if not 1 <= quantity <= self.state["stock"][order["item"]]:
             raise ToolError(f"the quantity must lie between 1 and the stock of {self.state['stock'][order['item']]}")
         order["quantity"] = quantity
@@ -328,7 +295,7 @@ class Shop(Environment):
     @tool
     def change_city(self, order_id: str, city: str) -> str:
         """Change the city to which a pending order is sent. Returns the new city."""
-        order = self._order(order_id, status="pending")
+        order = self._order(order_id, "pending")
         if city not in CITIES:
             raise ToolError(f"the shop does not deliver to {city!r}, only to {', '.join(CITIES)}")
         order["city"] = city
@@ -347,66 +314,95 @@ class Shop(Environment):
 # ---------------------------------------------------------------------------------------------------
 # the worlds of the paper: checkouts that the user makes, of which nothing is part of this repository
 # (on a first reading go on with verify.py: up to the last file the toy worlds are all that is needed)
-#
-# `load` fills the classes below with what a checkout holds; until then `missing` says what the user must do.
 
 class BenchmarkError(ValueError):
     """A checkout that cannot be used; the message is one sentence that says what to do."""
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """A repository from which worlds come, at the commit that this file was written against."""
+class BenchmarkEnvironment(Environment):
+    """A world that comes from a checkout: `load` finds and checks it, and `fill` gives its two worlds what they need.
 
-    name: str
-    option: str            # of the command line, which takes the checkout's path
-    url: str
-    commit: str
-    folders: list[str]     # where in a checkout the benchmark may lie
-    files: dict[str, str]  # the first 16 hex digits of the sha256 of those that decide what is measured
+    For the held-out task of a number `solve` does what the reference does and returns its answer, and `passes` is the
+    benchmark's own verdict on the state and an answer.
+    """
 
-    def clone(self) -> str:
-        """Return the commands that make a checkout."""
-        return f"git clone {self.url} && git -C {self.url.rpartition('/')[2]} checkout {self.commit}"
+    benchmark: str              # its name
+    clone: str                  # the commands that make a checkout of the commit that this file was written against
+    option: str                 # of the command line, which takes the checkout's path
+    folder = "."                # in the checkout; its path will do as well
+    files: dict[str, str]       # {file: first 16 hex digits of its sha256} of those that decide what is measured
+    held_out: list[Any] = []    # the benchmark's tasks; they hold the reference answers and never leave this process
 
-    def find(self, path: str | Path, any_version: bool = False) -> Path:
-        """Return the benchmark's folder in a checkout; raises BenchmarkError if it is missing, damaged or another version."""
-        clone = self.clone()
-        folder = next((Path(path, part) for part in self.folders if Path(path, part, next(iter(self.files))).exists()), None)
-        if folder is None:
-            raise BenchmarkError(f"{str(path)!r} is no checkout of {self.name}: make one with {clone}, and give {self.option} its path")
-        for file in self.files:
-            if not (folder / file).exists() or (folder / file).read_bytes().startswith(b"version https://git-lfs"):
-                raise BenchmarkError(f"the checkout of {self.name} in {str(path)!r} is incomplete: {file} is missing; make another with {clone}")
-        other = [file for file, digits in fingerprint(folder, self.files).items() if digits != self.files[file]]
-        if other and not any_version:
-            raise BenchmarkError(f"{other[0]} in {str(path)!r} is not the known version of {self.name}: use {clone}, or --any-version if you mean it")
-        return folder
+    @classmethod
+    def missing(cls) -> str | None:
+        needed = f"{cls.name} needs a checkout of {cls.benchmark}: give its path with {cls.option} PATH ({cls.clone})"
+        return None if cls.held_out else needed
+
+    @classmethod
+    def load(cls, path: str | Path, any_version: bool = False) -> None:
+        """Fill a benchmark's two worlds from a checkout; raises BenchmarkError if it cannot be used."""
+        folder = Path(path, cls.folder) if Path(path, cls.folder).exists() else Path(path)
+        fingerprint = {}
+        try:
+            for file, known in cls.files.items():
+                content = (folder / file).read_bytes() if (folder / file).exists() else None
+                if content is None or content.startswith(b"version https://git-lfs"):
+                    raise BenchmarkError(f"{file} is missing or incomplete")
+                fingerprint[file] = hashlib.sha256(content).hexdigest()[:16]
+                if fingerprint[file] != known and not any_version:
+                    raise BenchmarkError(f"{file} is not the known version (--any-version, if you mean it)")
+            cls.provenance = {"benchmark": cls.benchmark, "fingerprint": fingerprint}
+            cls.fill(folder.resolve(), any_version)
+            return
+        except BenchmarkError as error:
+            problem = str(error)
+        except (OSError, ValueError) as error:  # such as a file of data that is cut off
+            problem = f"it is incomplete: {error}"
+        except Exception as error:  # of the benchmark's own code, or because a library is missing
+            problem = f"its import raises {type(error).__name__}: {error} (pip install what is missing)"
+        raise BenchmarkError(f"{str(path)!r} is no checkout of {cls.benchmark} that can be used: {problem}. "
+                             f"Make one with {cls.clone}, and give its path with {cls.option}")
+
+    def place(self, number: int) -> tuple[int, str]:
+        """Return the seed at which a held-out task is played, and the group in which it is counted."""
+        return number, ""
+
+    def call(self, name: str, arguments: list, keywords: dict) -> Any:
+        """Like `Environment.call`; whatever a foreign tool raises is a refusal, and so is text like "Error: ..."."""
+        try:
+            result = super().call(name, arguments, keywords)
+        except ToolError:
+            raise
+        except Exception as error:
+            raise ToolError(f"{type(error).__name__}: {error}") from None
+        if isinstance(result, str) and result.startswith("Error"):
+            raise ToolError(result.removeprefix("Error: "))
+        return result
 
 
-def fingerprint(folder: Path, files: Iterable[str]) -> dict[str, str]:
-    """Return the first 16 hex digits of the sha256 of each file."""
-    return {file: hashlib.sha256((folder / file).read_bytes()).hexdigest()[:16] for file in files}
+TYPES = {
+    "str": str, "int": int, "float": int | float, "bool": bool, "dict": dict,  # in Python, and in a JSON schema
+    "string": str, "integer": int, "number": int | float, "boolean": bool, "object": dict, "array": list,
+}
 
 
-M3TOOLEVAL = Benchmark(
-    name="M3ToolEval", option="--m3tooleval", url="https://github.com/xingyaoww/code-act", commit="d607f56c9cfe",
-    folders=["scripts/eval/m3tooleval", "."],
-    files={
-        "tasks/base.py": "b39de50ba7183dba",
-        "tasks/impl/web_browsing/web_pages.jsonl": "bc885a9be35c1611",
-        "tasks/impl/web_browsing/metadata.json": "c13f5bc779bf02e8",
-    },
-)
-TAU_BENCH = Benchmark(
-    name="TauBench", option="--tau-bench", url="https://github.com/sierra-research/tau-bench", commit="59a200c6d575",
-    folders=["."],
-    files={
-        "tau_bench/envs/base.py": "1ad0402073f0ac9c",
-        "tau_bench/envs/retail/tasks_test.py": "6f09468923c6cfb6",
-        "tau_bench/envs/airline/tasks_test.py": "14cdb6b4fe810faa",
-    },
-)
+def foreign_tool(invoke: Callable, original: Callable, description: str, types: dict, returns: str = "") -> Callable:
+    """Return a function in the form of this file's tools, with the parameters of the benchmark's original behind self.
+
+    Their types, {parameter: word}, and that of what it returns are those of TYPES, or unknown.
+    """
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+    for name, parameter in inspect.signature(original).parameters.items():
+        word = types.get(name, getattr(parameter.annotation, "__name__", ""))
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            word = ""  # for it is that of each, not of their tuple
+        if name != "data":  # which is TauBench's database
+            parameters.append(parameter.replace(annotation=TYPES.get(word, inspect.Parameter.empty)))
+    result = TYPES.get(returns, inspect.Signature.empty)
+    invoke.__doc__, invoke.__signature__ = description, inspect.Signature(parameters, return_annotation=result)
+    return invoke
+
+
 OPERATORS = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.UAdd: operator.pos, ast.USub: operator.neg,
@@ -436,72 +432,6 @@ def arithmetic(expression: str) -> int | float:
         raise ToolError(f"cannot calculate {expression[:80]!r}: {error}") from None
 
 
-def adapted(function: Callable, description: str, parameters: list[inspect.Parameter], returns: Any = inspect.Signature.empty) -> Callable:
-    """Return a foreign tool in the form of this file's: a function of the environment and the tool's own parameters.
-
-    Whatever the foreign function raises becomes a ToolError, and so does text that begins with "Error".
-    """
-    def call(self, *arguments: Any, **keywords: Any) -> Any:
-        try:
-            result = function(self, *arguments, **keywords)
-        except ToolError:
-            raise
-        except Exception as error:
-            raise ToolError(f"{type(error).__name__}: {error}") from None
-        if isinstance(result, str) and result.startswith("Error"):
-            raise ToolError(result.removeprefix("Error: "))
-        return result
-
-    call.__doc__ = description
-    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    call.__signature__ = inspect.Signature([self, *parameters], return_annotation=returns)
-    return call
-
-
-class BenchmarkEnvironment(Environment):
-    """A world that comes from a checkout: `load` fills the class with its tools and its held-out tasks.
-
-    functions    {name: function} of the tools
-    held_out     the benchmark's own task objects; they hold the reference answers and never leave this process
-    fingerprint  {file: digits of its hash} of the checkout
-    """
-
-    benchmark: Benchmark
-    functions: dict[str, Callable] = {}
-    held_out: list[Any] = []
-    fingerprint: dict[str, str] = {}
-
-    def __init__(self, seed: int = 0):
-        if problem := self.missing():
-            raise BenchmarkError(problem)
-        super().__init__(seed)
-
-    @classmethod
-    def missing(cls) -> str | None:
-        source = cls.benchmark
-        return None if cls.functions else (f"{cls.name} needs a checkout of {source.name}: give its path with {source.option} PATH "
-                                           f"(git clone {source.url})")
-
-    def tools(self) -> dict[str, Callable]:
-        return self.functions
-
-    @classmethod
-    def provenance(cls) -> dict:
-        return {"benchmark": cls.benchmark.name, "fingerprint": cls.fingerprint}
-
-    def place(self, number: int) -> tuple[int, str]:
-        """Return the seed at which the held-out task of this number is played, and the group in which it is counted."""
-        return number, ""
-
-    def solve(self, number: int) -> Any:
-        """Do what the reference of a held-out task does, and return its answer."""
-        raise NotImplementedError(f"{type(self).__name__} has no reference")
-
-    def passes(self, number: int, answer: Any) -> bool:
-        """Return the benchmark's own verdict on this state and an answer, for the held-out task of this number."""
-        raise NotImplementedError(f"{type(self).__name__} does not judge")
-
-
 # ---------------------------------------------------------------------------------------------------
 # M3ToolEval: judged by the answer
 
@@ -509,33 +439,48 @@ class M3ToolEval(BenchmarkEnvironment):
     """What Calculation and Web Browsing share (arXiv 2402.01030)."""
 
     answered = True
-    benchmark = M3TOOLEVAL
+    benchmark, option, folder = "M3ToolEval", "--m3tooleval", "scripts/eval/m3tooleval"
+    clone = "git clone https://github.com/xingyaoww/code-act && git -C code-act checkout d607f56c9cfe"
+    files = {
+        "tasks/base.py": "b39de50ba7183dba",
+        "tasks/impl/web_browsing/web_pages.jsonl": "bc885a9be35c1611",
+        "tasks/impl/web_browsing/metadata.json": "c13f5bc779bf02e8",
+    }
 
-    @staticmethod
-    def load(path: str | Path, any_version: bool = False) -> None:
-        """Fill Calculation and WebBrowsing from a checkout; raises BenchmarkError if it cannot be used."""
-        folder = M3TOOLEVAL.find(path, any_version) / "tasks"
-        package = import_quietly(f"m3tooleval_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}", folder)
-        tasks = [task for iterator, _ in package.base.task_iterators for task in iterator]
-        wrong = [task.name for task in tasks if not task.check_answer(str(task.expected_output))]
-        if wrong or not any_version and len(tasks) != 82:
-            raise BenchmarkError(f"M3ToolEval in {str(path)!r} is broken: of its {len(tasks)} tasks (82 are known) the reference answers of "
-                                 f"{len(wrong)} fail their own check; use {M3TOOLEVAL.clone()}")
-        domain = {task.name: task.name.partition("/")[0] for task in tasks}
-        M3ToolEval.fingerprint = fingerprint(folder.parent, M3TOOLEVAL.files)
-        Calculation.held_out = [task for task in tasks if domain[task.name] != "web_browsing"]
-        Calculation.domains = {domain[task.name]: {name: m3_tool(tool) for name, tool in task.tools.items()
-                                                   if tool.function is not vars(builtins).get(name)}  # max and min are Python's own
-                               for task in Calculation.held_out}
-        Calculation.functions = {name: tool for tools in Calculation.domains.values() for name, tool in tools.items()}
-        WebBrowsing.held_out = [task for task in tasks if domain[task.name] == "web_browsing"]
-        WebBrowsing.browser, WebBrowsing.pages = package.impl.web_browsing.WebBrowser, package.impl.web_browsing.PAGES
-        WebBrowsing.functions = {name: m3_tool(tool) for name, tool in package.impl.web_browsing.create_tools().items()}
+    @classmethod
+    def fill(cls, folder: Path, any_version: bool) -> None:
+        """Import the benchmark, try its references out, and give each world its tools and tasks."""
+        alias = f"m3tooleval_{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"  # for its own name is "tasks"
+        if alias not in sys.modules:
+            spec = importlib.util.spec_from_file_location(alias, folder / "tasks/__init__.py")
+            sys.modules[alias] = importlib.util.module_from_spec(spec)
+            sys.modules[f"{alias}.repl"] = SimpleNamespace(PythonREPL=None)  # which executes code, and needs IPython
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints every expected answer
+                spec.loader.exec_module(sys.modules[alias])
+        base, web = sys.modules[f"{alias}.base"], sys.modules[f"{alias}.impl.web_browsing"]
+        tasks = [task for iterator, _ in base.task_iterators for task in iterator]
+        wrong = sum(not task.check_answer(str(task.expected_output)) for task in tasks)
+        if wrong or len(tasks) != 82 and not any_version:
+            raise BenchmarkError(f"of its {len(tasks)} tasks (82 are known) the reference answers of {wrong} fail "
+                                 "their own check")
+        groups: dict[str, list] = {}
+        for task in tasks:
+            groups.setdefault(task.name.partition("/")[0], []).append(task)
+        WebBrowsing.held_out = groups.pop("web_browsing")
+        WebBrowsing.tools = {name: m3_tool(tool) for name, tool in web.create_tools().items()}
+        WebBrowsing.browser, WebBrowsing.pages = web.WebBrowser, web.PAGES
+        Calculation.held_out = [task for group in groups.values() for task in group]
+        Calculation.domains = {}
+        for domain, (task, *_) in groups.items():
+            Calculation.domains[domain] = {name: m3_tool(tool) for name, tool in task.tools.items()
+                                           if not inspect.isbuiltin(tool.function)}  # max and min are Python's own
 
     def solve(self, number: int) -> str:
+        """Return the reference's answer to a held-out task."""
         return str(self.held_out[number].expected_output)
 
     def passes(self, number: int, answer: Any) -> bool:
+        """Return the benchmark's own verdict on an answer to a held-out task."""
         task, answer = self.held_out[number], str(answer).strip()[:1_000]
         if isinstance(task.expected_output, tuple) and isinstance(parts := literal(answer), list):
             answer = str(tuple(parts))  # code in the jail gets a list where the tool returned a tuple
@@ -543,43 +488,22 @@ class M3ToolEval(BenchmarkEnvironment):
 
     @classmethod
     def passes_tolerantly(cls, number: int, answer: Any) -> bool:
-        """Like `passes`, but numbers may differ by rounding to two decimals (68 is not 68.71), and text by case and quotes."""
+        """Like `passes`, but numbers may be rounded to two decimals (68 is not 68.71), and case and quotes differ."""
         return alike(literal(str(answer)[:1_000]), cls.held_out[number].expected_output)
 
 
-def import_quietly(name: str, folder: Path) -> ModuleType:
-    """Import M3ToolEval's package under a name of its own, without what it prints: every expected answer."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
-        sys.modules[f"{name}.repl"] = ModuleType("repl")  # its executor of code, which needs IPython, is not ours
-        sys.modules[f"{name}.repl"].PythonREPL = None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                spec.loader.exec_module(sys.modules[name])
-        except Exception as error:
-            del sys.modules[name]
-            raise BenchmarkError(f"M3ToolEval in {str(folder)!r} cannot be imported: {error}") from error
-    return sys.modules[name]
-
-
 def m3_tool(tool: Any) -> Callable:
-    """Return a tool of M3ToolEval in the form of this file's; where its declared signature is wrong, its function is right."""
-    if tool.name == "calculator":
-        expression = inspect.Parameter("expression", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str)
-        return adapted(lambda self, expression: arithmetic(expression), tool.description, [expression], int | float)
-    types = {"str": str, "int": int, "float": int | float, "dict": dict, "bool": bool, str: str, int: int, float: int | float}
-    inputs, _, output = tool.fn_signature.partition("->")
-    declared = [types.get(word, inspect.Parameter.empty) for word in re.findall(r": *(\w+)", inputs)]
-    actual = list(inspect.signature(tool.function).parameters.values())
-    parameters = []
-    for parameter, annotation in itertools.zip_longest(actual, declared[:len(actual)], fillvalue=inspect.Parameter.empty):
-        annotation = types.get(parameter.annotation, annotation)
-        many = parameter.kind is inspect.Parameter.VAR_POSITIONAL
-        parameters.append(parameter.replace(annotation=inspect.Parameter.empty if many else annotation))
-    method = getattr(tool.function, "__func__", None)  # of the browser, which is made anew for each call
-    function = functools.partial(browse, method) if method else lambda self, *arguments: tool.function(*arguments)
-    return adapted(function, tool.description, parameters, types.get(output.strip(), inspect.Signature.empty))
+    """Return a tool of M3ToolEval in the form of this file's; of its own signature only the types are believed."""
+    declared, _, output = tool.fn_signature.partition("->")
+
+    def invoke(environment: M3ToolEval, *arguments: Any) -> Any:
+        if tool.name == "calculator":
+            return arithmetic(*arguments)
+        if inspect.ismethod(tool.function):  # of a browser, which is made anew for each call
+            return environment.browse(tool.function.__func__, *arguments)
+        return tool.function(*arguments)
+    types = dict(re.findall(r"(\w+): *(\w+)", declared))
+    return foreign_tool(invoke, tool.function, tool.description, types, output.strip())
 
 
 def literal(text: str) -> Any:
@@ -591,11 +515,12 @@ def literal(text: str) -> Any:
 
 
 def alike(answer: Any, expected: Any) -> bool:
-    """Whether an answer says what is expected: numbers but for rounding, text but for case and quotes, lists item by item."""
+    """Whether an answer says what is expected: numbers but for rounding, text but for case and quotes, item by item."""
     if isinstance(expected, (list, tuple)):
         return isinstance(answer, (list, tuple)) and len(answer) == len(expected) and all(map(alike, answer, expected))
     if isinstance(expected, dict):
-        return isinstance(answer, dict) and answer.keys() == expected.keys() and all(alike(answer[key], expected[key]) for key in expected)
+        return (isinstance(answer, dict) and answer.keys() == expected.keys()
+                and all(alike(answer[key], expected[key]) for key in expected))
     numbers = [literal(value) if isinstance(value, str) else value for value in (answer, expected)]
     if all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
         return math.isclose(*numbers, rel_tol=1e-9, abs_tol=0.00501)
@@ -613,12 +538,9 @@ class Calculation(M3ToolEval):
     domains: dict[str, dict[str, Callable]] = {}
 
     def reset(self, seed: int) -> None:
-        self.state = {"domain": list(self.domains)[seed % len(self.domains)]}
-        names = list(self.tools())
-        self.start = random.Random(f"calculation {seed}").sample(names, min(2, len(names)))
-
-    def tools(self) -> dict[str, Callable]:
-        return self.domains[self.state["domain"]]
+        domain = list(self.domains)[seed % len(self.domains)]
+        self.state, self.tools = {"domain": domain}, self.domains[domain]
+        self.start = random.Random(f"calculation {seed}").sample(list(self.tools), min(2, len(self.tools)))
 
     def place(self, number: int) -> tuple[int, str]:
         domain = self.held_out[number].name.partition("/")[0]
@@ -644,17 +566,15 @@ class WebBrowsing(M3ToolEval):
     def starting_point(self) -> str:
         return f"Find your way to the page {self.start}, and start from what it says."
 
-
-def browse(method: Callable, environment: WebBrowsing, *arguments: Any) -> str:
-    """Call a method of the benchmark's browser in an environment's state, and keep the state that it leaves."""
-    state = environment.state
-    browser = environment.browser(pages=environment.pages, default_page=state["page"])
-    browser.page_history.extend(browser.page_name_to_page[name] for name in state["history"])
-    browser.scroll_position = state["scroll"]
-    shown = method(browser, *arguments)
-    environment.state = {"page": browser.current_page.name, "history": [page.name for page in browser.page_history],
-                         "scroll": browser.scroll_position}
-    return shown
+    def browse(self, method: Callable, *arguments: Any) -> str:
+        """Call a method of the benchmark's browser in this state, and keep the state that it leaves."""
+        browser = self.browser(pages=self.pages, default_page=self.state["page"])
+        browser.page_history.extend(browser.page_name_to_page[name] for name in self.state["history"])
+        browser.scroll_position = self.state["scroll"]
+        shown = method(browser, *arguments)
+        self.state = {"page": browser.current_page.name, "history": [page.name for page in browser.page_history],
+                      "scroll": browser.scroll_position}
+        return shown
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -668,109 +588,79 @@ class TauBench(BenchmarkEnvironment):
 
     answered = False
     talks = True
-    benchmark = TAU_BENCH
-    numbers: str                              # the table whose keys are order or reservation numbers
-    pristine: bytes = b""                     # the database as it is at a reset, pickled
+    benchmark, option = "TauBench", "--tau-bench"
+    clone = "git clone https://github.com/sierra-research/tau-bench && git -C tau-bench checkout 59a200c6d575"
+    files = {
+        "tau_bench/envs/base.py": "1ad0402073f0ac9c",
+        "tau_bench/envs/retail/tasks_test.py": "6f09468923c6cfb6",
+        "tau_bench/envs/airline/tasks_test.py": "14cdb6b4fe810faa",
+    }
+    numbers: str            # the table whose keys are order or reservation numbers
+    pristine: bytes = b""   # the database as it is at a reset, pickled
     users: list[str] = []
-    sizes: dict[str, int]                     # {split: number of tasks} of the known version
-    splits: dict[str, list[Any]] = {}         # {split: tasks}; held_out is "test"
-
-    @staticmethod
-    def load(path: str | Path, any_version: bool = False) -> None:
-        """Fill Retail and Airline from a checkout; raises BenchmarkError if it cannot be used."""
-        folder = TAU_BENCH.find(path, any_version).resolve() / "tau_bench"
-        loaded = sys.modules.get("tau_bench")
-        if loaded is not None and str(folder) not in map(str, loaded.__path__):
-            raise BenchmarkError(f"tau_bench is already imported from {list(loaded.__path__)[0]}, not from {folder}: start Python anew")
-        for package in ("tau_bench", "tau_bench.envs", "tau_bench.envs.retail", "tau_bench.envs.airline"):
-            if package not in sys.modules:  # without its __init__, which wants a library of language models
-                sys.modules[package] = ModuleType(package)
-                sys.modules[package].__path__ = [str(folder.parent.joinpath(*package.split(".")))]
-        TauBench.fingerprint = fingerprint(folder.parent, TAU_BENCH.files)
-        for kind in (Retail, Airline):
-            package = f"tau_bench.envs.{kind.name}"
-            try:
-                data, tools, wiki = (importlib.import_module(f"{package}.{part}") for part in ("data", "tools", "wiki"))
-                tasks = {split: importlib.import_module(f"{package}.tasks_{split}") for split in kind.sizes}
-                database = data.load_data()
-                kind.pristine, kind.users, kind.summary = pickle.dumps(database), sorted(database["users"]), wiki.WIKI
-            except ImportError as error:
-                raise BenchmarkError(f"TauBench in {str(path)!r} cannot be imported: {error} (it needs pip install pydantic)") from error
-            except (OSError, ValueError) as error:
-                raise BenchmarkError(f"the checkout of TauBench in {str(path)!r} is incomplete: {error}; make another with {TAU_BENCH.clone()}") from error
-            kind.functions = dict(map(tau_tool, tools.ALL_TOOLS))
-            kind.splits = {split: next(value for key, value in vars(module).items() if key.startswith("TASKS"))
-                           for split, module in tasks.items()}
-            kind.held_out = kind.splits["test"]
-            if not any_version and {split: len(tasks) for split, tasks in kind.splits.items()} != kind.sizes:
-                raise BenchmarkError(f"TauBench in {str(path)!r} has other tasks than the known version: use {TAU_BENCH.clone()}")
-            kind.test_itself(path)
 
     @classmethod
-    def test_itself(cls, path: str | Path) -> None:
-        """Raise BenchmarkError unless two references pass, and doing nothing fails where the reference writes."""
-        writing = next(number for number in range(len(cls.held_out)) if cls(0).writes(number))
-        for number in (writing, len(cls.held_out) - 1):
-            environment = cls(0)
-            if not environment.passes(number, environment.solve(number)) or cls(0).passes(writing, []):
-                raise BenchmarkError(f"TauBench in {str(path)!r} is broken: {cls.name} does not judge its own references as it should")
+    def fill(cls, folder: Path, any_version: bool) -> None:
+        """Import the benchmark's parts, give each world its tools and tasks, and try two references out."""
+        loaded = sys.modules.get("tau_bench")
+        if loaded is not None and str(folder / "tau_bench") not in map(str, loaded.__path__):
+            raise BenchmarkError(f"tau_bench is already imported from {list(loaded.__path__)[0]}: start Python anew")
+        for package in ("tau_bench", "tau_bench.envs", "tau_bench.envs.retail", "tau_bench.envs.airline"):
+            module = sys.modules.setdefault(package, ModuleType(package))  # without its __init__, which wants litellm
+            module.__path__ = [str(folder.joinpath(*package.split(".")))]
+        for kind in (Retail, Airline):
+            data, tools, wiki, tasks = (importlib.import_module(f"tau_bench.envs.{kind.name}.{part}")
+                                        for part in ("data", "tools", "wiki", "tasks_test"))
+            database = data.load_data()
+            kind.pristine, kind.users, kind.summary = pickle.dumps(database), sorted(database["users"]), wiki.WIKI
+            kind.tools = {tool.get_info()["function"]["name"]: tau_tool(tool) for tool in tools.ALL_TOOLS}
+            kind.held_out = next(value for name, value in vars(tasks).items() if name.startswith("TASKS"))
+            writing = next(filter(kind().writes, range(len(kind.held_out))))
+            for number in (writing, -1):
+                environment = kind()
+                if not environment.passes(number, environment.solve(number)):
+                    raise BenchmarkError(f"{kind.name} does not judge its own references as it should")
 
     def reset(self, seed: int) -> None:
-        self.state, self.over = None, False
+        vars(self).pop("state", None)  # which is made anew below
+        self.over = False
         self.user = random.Random(f"{self.name} {seed}").choice(self.users)
 
-    @property
+    @functools.cached_property
     def state(self) -> dict:
-        if self.database is None:
-            gc.disable()  # or the collector would walk through the new records again and again
-            try:
-                self.database = pickle.loads(self.pristine)
-            finally:
-                gc.enable()
-        return self.database
-
-    @state.setter
-    def state(self, database: dict | None) -> None:
-        self.database = database
+        """The database, which is read when something first looks at it."""
+        gc.disable()  # or the collector would walk through the new records again and again
+        try:
+            return pickle.loads(self.pristine)
+        finally:
+            gc.enable()
 
     def starting_point(self) -> str:
         return f"Start from the user {self.user}."
 
     def as_told(self, instruction: str) -> str:
         """Return the instruction with who the user is, and without order numbers: those must be found (section 4)."""
-        def withheld(word: re.Match) -> str:
-            return "[number withheld]" if word[0] in self.state[self.numbers] or f"#{word[0]}" in self.state[self.numbers] else word[0]
-
+        for number in self.state[self.numbers]:  # "#W0000001", which may be written without the #
+            for written in (number, number.removeprefix("#")):
+                instruction = instruction.replace(written, "[number withheld]")
         user = self.state["users"][self.user]
         name = " ".join(user["name"].values())
-        return f"You are {name}, user id {self.user}, zip code {user['address']['zip']}. {re.sub(r'#?[A-Za-z0-9]+', withheld, instruction)}"
+        return f"You are {name}, user id {self.user}, zip code {user['address']['zip']}. {instruction}"
 
-    def call(self, name: str, arguments: list, keywords: dict) -> Any:
-        if self.over:
-            raise ToolError("the conversation has ended: it was handed to a human")
-        result = super().call(name, arguments, keywords)
-        self.over = name == "transfer_to_human_agents"
-        return result
-
-    def replay(self, actions: list[Any]) -> list[str]:
-        """Take the actions of a task of the benchmark, as far as they go; return what was said to the user."""
-        said = []
+    def replay(self, actions: list[Any]) -> None:
+        """Take the actions of a task of the benchmark, as far as they go."""
         for action in copy.deepcopy(actions):
             with contextlib.suppress(ToolError):  # some reference actions are refused, and go on
-                if action.name == "respond":
-                    said.append(action.kwargs["content"])
-                elif not self.over:
-                    self.call(action.name, [], action.kwargs)
-        return said
+                self.call(action.name, [], action.kwargs)
 
     def solve(self, number: int) -> list[str]:
         """Take the reference's actions, and tell the user the outputs that the task asks for."""
-        task = self.held_out[number]
-        return [*self.replay(task.actions), *task.outputs]
+        self.replay(self.held_out[number].actions)
+        return self.held_out[number].outputs
 
     def writes(self, number: int) -> bool:
         """Whether the reference actions of a held-out task change the database."""
-        return self.reference_digest("test", number) != type(self)().digest()
+        return self.reference_digest(number) != type(self)().digest()
 
     def digest(self) -> str:
         """Return a hash of the database; like the benchmark's it tells 5 from 5.0, and no order of keys."""
@@ -778,47 +668,47 @@ class TauBench(BenchmarkEnvironment):
 
     @classmethod
     @functools.cache
-    def reference_digest(cls, split: str, number: int) -> str:
-        """Return the hash of the database that a task's reference actions leave."""
+    def reference_digest(cls, number: int) -> str:
+        """Return the hash of the database that the reference actions of a held-out task leave."""
         environment = cls()
-        environment.replay([action for action in cls.splits[split][number].actions if action.name != "transfer_to_human_agents"])
+        actions = cls.held_out[number].actions
+        environment.replay([action for action in actions if action.name != "transfer_to_human_agents"])
         return environment.digest()
 
-    def passes(self, number: int, answer: list[str], split: str = "test") -> bool:
+    def passes(self, number: int, answer: list[str]) -> bool:
         """Return the benchmark's reward: the database is as the reference leaves it, and every output was said.
 
         `answer` is what was said to the user, message by message.
         """
-        said = [str(message).lower().replace(",", "") for message in answer or []]
-        outputs = self.splits[split][number].outputs
-        return all(any(output.lower() in message for message in said) for output in outputs) \
-            and self.digest() == self.reference_digest(split, number)
+        said = "\n".join(map(str, answer or [])).lower().replace(",", "")
+        told = all(output.lower() in said for output in self.held_out[number].outputs)
+        return told and self.digest() == self.reference_digest(number)
 
 
-def tau_tool(kind: Any) -> tuple[str, Callable]:
-    """Return the name of a tool of TauBench, and the tool in the form of this file's."""
-    types = {"string": str, "integer": int, "number": int | float, "boolean": bool, "array": list, "object": dict}
-    info = kind.get_info()["function"]
+def tau_tool(tool: Any) -> Callable:
+    """Return a tool of TauBench in the form of this file's."""
+    info = tool.get_info()["function"]
     described = info["parameters"]["properties"]
-    parameters = [parameter.replace(annotation=types[described[name]["type"]], kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
-                  for name, parameter in inspect.signature(kind.invoke).parameters.items() if name != "data"]
-    lines = [info["description"].strip(), *(f"{p.name}: {described_by(described[p.name])}" for p in parameters)]
+    names = [name for name in inspect.signature(tool.invoke).parameters if name in described]
+    lines = [info["description"].strip(), *(f"{name}: {described_by(described[name])}" for name in names)]
 
     def invoke(environment: TauBench, *arguments: Any) -> Any:
+        if environment.over:
+            raise ToolError("the conversation has ended: it was handed to a human")
+        environment.over = info["name"] == "transfer_to_human_agents"
         if info["name"] == "calculate":
             return round(float(arithmetic(*arguments)), 2)
-        result = kind.invoke(environment.state, *arguments)
+        result = tool.invoke(environment.state, *arguments)
         return json.loads(result) if result[:1] in ("{", "[") else result
-    return info["name"], adapted(invoke, "\n".join(lines), parameters)
+    return foreign_tool(invoke, tool.invoke, "\n".join(lines), {name: described[name]["type"] for name in names})
 
 
 def described_by(schema: dict) -> str:
-    """Return in a line what a JSON schema says of a parameter: its description, its choices, and what its parts hold."""
+    """Return what a JSON schema says of a parameter: its description, its choices, and what its parts hold."""
     texts = [schema.get("description", "").strip()]
     if "enum" in schema:
         texts.append("One of " + ", ".join(map(repr, schema["enum"])) + ".")
-    parts = schema.get("items", schema).get("properties", {})
-    if parts:
+    if parts := schema.get("items", schema).get("properties"):
         texts.append("Each is a dict: " + "; ".join(f"{name!r}: {described_by(part)}" for name, part in parts.items()))
     return " ".join(filter(None, texts))
 
@@ -826,17 +716,13 @@ def described_by(schema: dict) -> str:
 class Retail(TauBench):
     """A shop: users, their orders, and products in variants."""
 
-    name = "retail"
-    numbers = "orders"
-    sizes = {"test": 115, "train": 500, "dev": 20}
+    name, numbers = "retail", "orders"
 
 
 class Airline(TauBench):
     """An airline: users, their reservations, and flights."""
 
-    name = "airline"
-    numbers = "reservations"
-    sizes = {"test": 50}
+    name, numbers = "airline", "reservations"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -875,18 +761,19 @@ def endpoint_model(url: str, model: str, tries: int = 4, wait: float = 1.0) -> C
     `tries` times, after waits of `wait` seconds that double, gets None. Raises ValueError if the model has no name.
     """
     if not model:
-        raise ValueError(f"name the model at {url} as well, with the option that goes with the endpoint's, such as --user-model")
+        raise ValueError(f"name the model at {url} too, with the option beside the endpoint's, such as --user-model")
     from huggingface_hub import InferenceClient  # here, because only this needs it
     client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=120)
 
     def ask(conversation: list[dict]) -> str | None:
         for attempt in range(tries):
             try:
-                return client.chat_completion(conversation, model=model, max_tokens=1024).choices[0].message.content or ""
+                answer = client.chat_completion(conversation, model=model, max_tokens=1024)
+                return answer.choices[0].message.content or ""
             except Exception as error:  # of the network, of the server, or of what it answers: all may pass
-                problem = error
+                problem = type(error).__name__  # the text of the error may show the key
                 time.sleep(wait * 2**attempt)
-        print(f"the endpoint failed {tries} times: {type(problem).__name__}", file=sys.stderr)  # its text may show the key
+        print(f"the endpoint failed {tries} times: {problem}", file=sys.stderr)
         return None
 
     def reply(conversations: list[list[dict]], generator: Any = None) -> list[str | None]:
@@ -895,7 +782,8 @@ def endpoint_model(url: str, model: str, tries: int = 4, wait: float = 1.0) -> C
     return reply
 
 
-ENVIRONMENTS: dict[str, type[Environment]] = {kind.name: kind for kind in (Calculator, Shop, Calculation, WebBrowsing, Retail, Airline)}
+ENVIRONMENTS: dict[str, type[Environment]] = {
+    kind.name: kind for kind in (Calculator, Shop, Calculation, WebBrowsing, Retail, Airline)}
 
 
 def load_benchmarks(m3tooleval: str | None = None, tau_bench: str | None = None, any_version: bool = False) -> None:
@@ -909,4 +797,6 @@ def make_environment(name: str, seed: int = 0) -> Environment:
     """Return a fresh environment in the state of `seed`; raises ValueError with the known names otherwise."""
     if name not in ENVIRONMENTS:
         raise ValueError(f"unknown environment {name!r}: choose from {', '.join(ENVIRONMENTS)}")
+    if problem := ENVIRONMENTS[name].missing():
+        raise BenchmarkError(problem)
     return ENVIRONMENTS[name](seed)

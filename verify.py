@@ -647,7 +647,7 @@ class Session(contextlib.AbstractContextManager):
             return Outcome("", f"the code {problem}")
         request = {"code": code, "arguments": arguments}
         if self.channel is None:
-            request["tools"] = list(self.environment.tools()) if self.environment else []
+            request["tools"] = list(self.environment.tools) if self.environment else []
         try:
             message = pack(plain(request))
         except ValueError as error:

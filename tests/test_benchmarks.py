@@ -8,6 +8,7 @@ import io
 import json
 import math
 import pickle
+import re
 import sys
 import threading
 import time
@@ -58,7 +59,7 @@ class loaded:
         self.classes = {kind: dict(vars(kind)) for kind in (M3ToolEval, TauBench, *WORLDS)}
         forget_tau_bench()
         for kind in WORLDS:
-            kind.functions = {}
+            kind.held_out = []
         try:
             tools.load_benchmarks(*self.paths)
         except BaseException:
@@ -93,29 +94,30 @@ def run(jail, environment, code):
 
 def test_a_world_without_a_checkout_says_which_one_it_needs():
     for kind in WORLDS:
-        if not kind.functions:
+        if not kind.held_out:
             with pytest.raises(BenchmarkError, match=f"{kind.name} needs a checkout of .* --(m3tooleval|tau-bench) PATH .*git clone"):
                 tools.make_environment(kind.name)
 
 
 def test_what_is_no_checkout_gets_a_sentence(tmp_path):
-    for benchmark in (tools.M3TOOLEVAL, tools.TAU_BENCH):
-        with pytest.raises(BenchmarkError, match=f"no checkout of {benchmark.name}.*git clone {benchmark.url} && git -C .* checkout {benchmark.commit}"):
-            benchmark.find(tmp_path)
+    for kind in (M3ToolEval, TauBench):
+        with pytest.raises(BenchmarkError, match=f"no checkout of {kind.benchmark}.*{re.escape(kind.clone)}"):
+            kind.load(tmp_path)
 
 
 def test_an_incomplete_checkout_gets_a_sentence(tmp_path):
     folder = make_m3tooleval(tmp_path)
     (folder / "tasks/impl/web_browsing/web_pages.jsonl").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(BenchmarkError, match="incomplete: tasks/impl/web_browsing/web_pages.jsonl"):
-        tools.M3TOOLEVAL.find(folder, any_version=True)
+    with pytest.raises(BenchmarkError, match="tasks/impl/web_browsing/web_pages.jsonl is missing or incomplete"):
+        M3ToolEval.load(folder, any_version=True)
 
 
 def test_another_version_needs_a_flag(tmp_path):
     folder = make_tau_bench(tmp_path)
-    with pytest.raises(BenchmarkError, match="not the known version of TauBench.*--any-version"):
-        tools.TAU_BENCH.find(folder)
-    assert tools.TAU_BENCH.find(folder, any_version=True) == folder
+    with pytest.raises(BenchmarkError, match="checkout of TauBench.*envs/base.py is not the known version.*--any-version"):
+        TauBench.load(folder)
+    with loaded(tau_bench=folder, any_version=True):
+        assert len(Retail.held_out) == len(Airline.held_out) == 4
 
 
 def test_tau_bench_from_elsewhere_is_refused(checkouts, tmp_path):
@@ -174,7 +176,7 @@ def test_signatures_are_those_of_the_functions(checkouts):
 
 
 def test_each_domain_has_its_own_tools_and_an_example_to_start_from(checkouts):
-    assert [list(Calculation(seed).tools()) for seed in range(5)] == [
+    assert [list(Calculation(seed).tools) for seed in range(5)] == [
         ["turn", "largest"], ["convert_currency", "calculator"], ["hotels"], ["count"], ["turn", "largest"]]
     assert {Calculation(seed).starting_point() for seed in (0, 4, 8)} <= {
         "Start from the tools: turn, largest.", "Start from the tools: largest, turn."}
@@ -214,7 +216,7 @@ def test_the_challenger_is_told_of_every_tool_and_sees_a_whole_example(checkouts
     for kind in WORLDS:
         environment, example = kind(2), selfchallenge.EXAMPLES[kind.name]
         prompt = selfchallenge.challenger_prompt(environment)
-        assert all(f"\n{name}(" in prompt for name in environment.tools()) and ("serves a customer" in prompt) == environment.talks
+        assert all(f"\n{name}(" in prompt for name in environment.tools) and ("serves a customer" in prompt) == environment.talks
         assert parse_task(prompt.partition("A worked example")[2], example.env, example.seed) == example
 
 

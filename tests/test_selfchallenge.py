@@ -72,7 +72,7 @@ def test_a_rendered_task_is_read_back_as_it_was(env):
 @pytest.mark.parametrize("env", SUITES)
 def test_the_challenger_s_prompt_documents_every_tool_and_every_tag(env):
     prompt = challenger_prompt(make_environment(env))
-    for name in [*make_environment(env).tools(), "<instruction>", "<evaluation_function>", "<solution>", "<failure_case>"]:
+    for name in [*make_environment(env).tools, "<instruction>", "<evaluation_function>", "<solution>", "<failure_case>"]:
         assert name in prompt
 
 

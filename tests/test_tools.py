@@ -91,15 +91,15 @@ def test_documentation_shows_every_tool_and_no_self(name):
     world = make_environment(name)
     text = world.documentation()
     assert "self" not in text
-    for tool_name, function in world.tools().items():
+    for tool_name, function in world.tools.items():
         assert f"{tool_name}(" in text and function.__doc__ in text
     headings = [line.split("(")[0] for line in text.splitlines() if not line.startswith(" ")]
-    assert headings == list(world.tools())
+    assert headings == list(world.tools)
 
 
 def test_the_tools_are_the_expected_ones():
-    assert list(Calculator().tools()) == ["items", "amount", "add", "subtract", "multiply", "larger"]
-    assert list(Shop().tools()) == ["find_customer", "list_orders", "find_order", "get_order", "stock", "cancel_order",
+    assert list(Calculator().tools) == ["items", "amount", "add", "subtract", "multiply", "larger"]
+    assert list(Shop().tools) == ["find_customer", "list_orders", "find_order", "get_order", "stock", "cancel_order",
                                   "return_order", "change_quantity", "change_city"]
 
 
@@ -213,7 +213,7 @@ SILLY = [10**30, -(10**30), 10**3000, 0, -1, True, None, 1.5, float("nan"), floa
 def test_silly_arguments_raise_nothing_but_tool_errors(kind):
     environment = make_environment(kind, 1)
     before = copy.deepcopy(environment.state)
-    for name in [*environment.tools(), "nosuch"]:
+    for name in [*environment.tools, "nosuch"]:
         calls = [([], {})]
         calls += [(values, {}) for silly in SILLY for values in ([silly], [silly, silly], [silly, "tea"], [3, silly], [silly] * 3)]
         calls += [([], {key: silly}) for silly in SILLY for key in ("a", "item", "order_id", "self", "name", "", "\ud800", "arguments")]
