@@ -326,7 +326,7 @@ def mean_of(results: list[dict]) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------
-# the report: a page of HTML from a run's files, with everything that a model wrote escaped
+# the report: a page of HTML from a run's files, with everything that a model wrote escaped (for a second reading)
 
 RUN_FILES = ["config.json", "summary.json", "metrics.jsonl", "tasks.jsonl", "rejected.jsonl", "trajectories.jsonl"]
 SMALL_FILES = RUN_FILES[:3]  # which are all that a comparison needs
@@ -670,7 +670,7 @@ $options
 
 
 # ---------------------------------------------------------------------------------------------------
-# the command line
+# the command line (for a second reading)
 
 def measure(arguments: argparse.Namespace) -> dict[str, dict]:
     """Return {suite: numbers} of the policy that the command line asks for, each with the "setting" of `setting_of`."""

@@ -463,7 +463,7 @@ def observe(policy: Policy, t: Trajectory, reply: str | None, context: int) -> N
 
 
 # ---------------------------------------------------------------------------------------------------
-# conversations, and other models (on a first reading skip this: the toy worlds have neither)
+# conversations, and other models: the toy worlds have neither (for a second reading)
 
 class SupportAgent(Executor):
     """The executor in a world with a user: only the user knows the instruction, and an ANSWER is a message to the user.
@@ -545,7 +545,7 @@ def written_turns(model: Callable, policy: Policy, trajectories: list[Trajectory
 
 
 # ---------------------------------------------------------------------------------------------------
-# the KV cache of rollouts (on a first reading go on at "REINFORCE": all of this only saves time and memory)
+# the KV cache of rollouts, which only saves time and memory (for a second reading)
 
 def fill(policy: Policy, cache: "SlotCache", slots: list[Trajectory]) -> None:
     """Feed the cache what it lacks of each slot's trajectory, save for the last token, from which the next is sampled.
@@ -866,7 +866,7 @@ def append_lines(path: Path, records: list[dict]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# will it fit? The memory of the code above, by arithmetic on a model's shape
+# will it fit? The memory of the code above, by arithmetic on a model's shape (for a second reading)
 
 SHAPES = {  # of models whose configuration is gated: widths, layers, heads, whether the embeddings are the head as well
     "meta-llama/Llama-3.2-1B-Instruct": (2048, 8192, 16, 32, True),
@@ -981,7 +981,7 @@ def advice_on_memory(model: str) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# the command line: training alone, on a file of tasks
+# the command line: training alone, on a file of tasks (for a second reading)
 
 def positive(text: str) -> int:
     """Return the whole number of at least 1 that an option gives; argparse reports the ValueError for others."""

@@ -475,7 +475,7 @@ def sort_out(episode: Challenger, known: list[tuple[str, set[str]]], held_out: H
 
 
 # ---------------------------------------------------------------------------------------------------
-# the command line
+# the command line (for a second reading)
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options on the command line or, with --resume, the run's own. Raises ValueError if there is none."""

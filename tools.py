@@ -312,8 +312,7 @@ class Shop(Environment):
 
 
 # ---------------------------------------------------------------------------------------------------
-# the worlds of the paper: checkouts that the user makes, of which nothing is part of this repository
-# (on a first reading go on with verify.py: up to the last file the toy worlds are all that is needed)
+# the worlds of the paper: checkouts that the user makes, nothing of which is here (for a second reading)
 
 class BenchmarkError(ValueError):
     """A checkout that cannot be used; the message is one sentence that says what to do."""
@@ -433,7 +432,7 @@ def arithmetic(expression: str) -> int | float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# M3ToolEval: judged by the answer
+# M3ToolEval: judged by the answer (for a second reading)
 
 class M3ToolEval(BenchmarkEnvironment):
     """What Calculation and Web Browsing share (arXiv 2402.01030)."""
@@ -578,7 +577,7 @@ class WebBrowsing(M3ToolEval):
 
 
 # ---------------------------------------------------------------------------------------------------
-# TauBench: judged by the database that is left, and by what the user was told
+# TauBench: judged by the database that is left, and by what the user was told (for a second reading)
 
 class TauBench(BenchmarkEnvironment):
     """What Retail and Airline share (arXiv 2406.12045): a database, an agent's tools, a policy, a user to talk to.
@@ -726,7 +725,7 @@ class Airline(TauBench):
 
 
 # ---------------------------------------------------------------------------------------------------
-# the simulated user of Retail and Airline
+# the simulated user of Retail and Airline (for a second reading)
 
 STOP = "###STOP###"  # what a user says last
 USER_PROMPT = """\
@@ -781,6 +780,9 @@ def endpoint_model(url: str, model: str, tries: int = 4, wait: float = 1.0) -> C
             return list(workers.map(ask, conversations))
     return reply
 
+
+# ---------------------------------------------------------------------------------------------------
+# the worlds by their names
 
 ENVIRONMENTS: dict[str, type[Environment]] = {
     kind.name: kind for kind in (Calculator, Shop, Calculation, WebBrowsing, Retail, Airline)}

@@ -149,9 +149,10 @@ class Step:
 def parse_step(text: str) -> Step:
     """Return the step in a model's text, whose thought may be missing; raises FormatError, with REMINDER, otherwise.
 
-    `ACTION:` within the thought is not an action yet, not even if the thought never ends, and `ANSWER:` within an action is a
-    part of its code. Other words may stand before and after the one action or answer, but no second one. An answer may be
-    empty, an action may not, without its indentation and fence (`strip_fence`). No part has white space around it.
+    `ACTION:` within the thought is not an action yet, not even if the thought never ends, and `ANSWER:` within an
+    action is a part of its code. Other words may stand before and after the one action or answer, but no second one. An
+    answer may be empty; an action, without its indentation and fence (`strip_fence`), may not. No part has white space
+    around it.
     """
     ### BEGIN SOLUTION
     thought, rest = "", text
@@ -182,7 +183,8 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
         closing = f"</{tag}>"
         parts[tag] = [part.partition(closing)[0] for part in text.split(f"<{tag}>") if closing in part]
         if not parts[tag] or len(parts[tag]) > 1 and tag != "failure_case":
-            raise TaskError("parse", f"<{tag}>…{closing} stands in the answer {len(parts[tag])} times instead of once")
+            times = f"{len(parts[tag])} times instead of once"
+            raise TaskError("parse", f"<{tag}>…{closing} stands in the answer {times}")
     codes = [strip_fence(code) for tag in ("evaluation_function", "solution", "failure_case") for code in parts[tag]]
     task = CodeAsTask(env, seed, parts["instruction"][0].strip(), codes[0], codes[1], codes[2:])
     check_form(task)
@@ -190,18 +192,42 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 
 
 # ---------------------------------------------------------------------------------------------------
-# INSIDE THE JAIL: the walls, which are this chapter alone; the next two only talk with what is behind them
-# (on a first reading the layers are enough; go on at "verdicts, and the filter")
+# the jail: what holds code that a model wrote
 #
-# The layers, each with the attack that it stops, and where it stands below:
-#   a process of its own      patched built-ins, frames, gc: code under test shares no memory with the verdict (fork_child)
+# The layers, each with the attack that it stops, and where it stands in the chapters below:
+#   a process of its own      patched built-ins, frames, gc: code shares no memory with the verdict (fork_child)
 #   data on a pipe            printed success, exit codes, objects that equal everything: none of them is True (plain)
 #   state outside             reading or changing the world other than by its tools (call_tool, here and in Session)
 #   a deadline, then a kill   endless loops, sleeps, calls in C that nothing else interrupts (exchange, end)
 #   limits                    eating the memory, filling the disk, computing on after the reply (make_confine)
-#   a filter of system calls  files, network, processes, signals: the kernel refuses all but SYSTEM_CALLS (seccomp_program)
-#   nothing to find           no environment variables, no open files, no code of this project to import (inside, serve)
+#   a filter of system calls  files, network, processes, signals: all but SYSTEM_CALLS is refused (seccomp_program)
+#   nothing to find           no environment variables, no open files, nothing of this project (inside, serve)
 #   two servers, two seeds    a verdict that follows hashes or chance: what is kept has the same ones on both (judge)
+#
+# The way of one check: `Session.run` asks a fork server for a child, which has been forked and confined, and sends it
+# the code. Where that calls a tool, the call comes back as data, is executed on the episode's state, and its result is
+# sent down. At last the child sends what was printed, and a value or an error. That, as data, is the Outcome, of which
+# this process makes a verdict (`evaluate`); then the child is killed.
+
+@dataclass
+class Outcome:
+    """What running a piece of code brought."""
+
+    printed: str
+    error: str | None  # the end of the traceback, or a sentence about a timeout or a crash
+    value: Any = None  # without an error: see Session.run; of what is no plain data only the "<type>"
+
+
+def observation(outcome: Outcome) -> str:
+    """Return what the model sees of an outcome: what was printed, cut if it is long, and the error."""
+    printed = outcome.printed.strip("\n")
+    if len(printed) > OBSERVATION_CHARACTERS:
+        printed = f"{printed[:OBSERVATION_CHARACTERS]}\n… (cut after {OBSERVATION_CHARACTERS:,} characters)"
+    return "\n".join(filter(None, [printed, outcome.error])) or "(no output: only what the code prints is shown)"
+
+
+# ---------------------------------------------------------------------------------------------------
+# INSIDE THE JAIL: the walls, which are this chapter alone; the next one only talks (for a second reading)
 #
 # A fork server executes the text from here to OUTSIDE and nothing else of the project: with tools.py in its memory,
 # model-written code could compute the hidden states. It forks a child for each untrusted author.
@@ -274,7 +300,7 @@ def make_confine(strong: bool) -> Callable[[], None]:
 
 
 def serve(descriptor: int, seed: int, strong: bool) -> None:
-    """The fork server: 0 from the parent asks for a child, which is sent with the channel to it; a pid, that it be ended.
+    """The fork server: 0 from the parent asks for a child, which is sent with the channel to it; a pid, for its end.
 
     A child is forked before it is asked for, while the parent still works with the one before, and reaped only
     when it is ended, so that a pid never comes to mean another process. When the control socket is closed the
@@ -328,7 +354,7 @@ def end(pid: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# the life of a child, and data on the pipe
+# the life of a child, and data on the pipe (for a second reading)
 
 MESSAGE_BYTES = 1024 * 1024   # in a message on the pipe
 PRINTED_CHARACTERS = 20_000   # kept of the output of an action
@@ -348,7 +374,8 @@ def live(channel: int) -> None:
         try:
             linecache.cache[file] = (0, None, request["code"].splitlines(keepends=True), file)  # for tracebacks
             exec(compile(request["code"], file, "exec", dont_inherit=True), variables)
-            value = variables.get("result") if request["arguments"] is None else evaluated(variables, request["arguments"])
+            arguments = request["arguments"]
+            value = variables.get("result") if arguments is None else evaluated(variables, arguments)
         except BaseException as failure:  # SystemExit too: the process is still needed
             error = explain(failure)
         reply = {"printed": printed.getvalue().encode(errors="replace").decode(), "error": error}
@@ -449,12 +476,7 @@ def plain(value: Any, nesting: int = NESTING) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------
-# OUTSIDE: the parent's end of the jail
-#
-# The way of one check: Session.run asks a ForkServer for a child, which has been forked and confined, and sends it the
-# code. Where that calls a tool, the call comes back as data, is executed on the episode's state, and its result is sent
-# down. At last the child sends what was printed, and a value or an error. That, as data, is the Outcome, of
-# which this process makes a verdict (`evaluate`); the child is killed.
+# OUTSIDE: the parent's end of the jail (for a second reading)
 
 class JailError(RuntimeError):
     """This system cannot have the jail, or has broken it; the message is a sentence for the user."""
@@ -465,23 +487,6 @@ class ChildLost(Exception):
 
 
 NONSENSE = "the code wrote to a pipe that is not its own"
-
-
-@dataclass
-class Outcome:
-    """What running a piece of code brought."""
-
-    printed: str
-    error: str | None  # the end of the traceback, or a sentence about a timeout or a crash
-    value: Any = None  # without an error: see Session.run; of what is no plain data only the "<type>"
-
-
-def observation(outcome: Outcome) -> str:
-    """Return what the model sees of an outcome: what was printed, cut if it is long, and the error."""
-    printed = outcome.printed.strip("\n")
-    if len(printed) > OBSERVATION_CHARACTERS:
-        printed = f"{printed[:OBSERVATION_CHARACTERS]}\n… (cut after {OBSERVATION_CHARACTERS:,} characters)"
-    return "\n".join(filter(None, [printed, outcome.error])) or "(no output: only what the code prints is shown)"
 
 
 def inside(statement: str) -> list[str]:
@@ -619,7 +624,7 @@ for name, attempt in attempts.items():
 class Session(contextlib.AbstractContextManager):
     """A child for one untrusted author, whose variables last from action to action, as in a notebook.
 
-    A child is started by the first action. One that is late or crashes is ended, and the next action begins with another.
+    A child is started by the first action. One that is late or crashes is ended; the next action begins with another.
     """
 
     def __init__(self, jail: Jail, environment: Environment | None, server: ForkServer):
@@ -640,8 +645,8 @@ class Session(contextlib.AbstractContextManager):
     def run(self, code: str, arguments: list | None = None) -> Outcome:
         """Run code, and meanwhile execute its tool calls; the outcome holds what it printed, and what ended it early.
 
-        Its value is the variable `result`; or, given arguments, what the function `evaluate` returns, called with as many
-        of them as it takes.
+        Its value is the variable `result`; or, given arguments, what the function `evaluate` returns, called with as
+        many of them as it takes.
         """
         if problem := text_problem(code):
             return Outcome("", f"the code {problem}")
@@ -762,8 +767,8 @@ def as_answer(value: Any) -> Any:
 def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
     """Return the verdict of a task on an environment's state and a final answer; the state stays as it is.
 
-    Only True, returned, is a pass, and only False is a fail without a reason. Any other value is a fail whose reason shows
-    it, an error one whose reason it is, and so is a change of the state, which is put back as it was `before`.
+    Only True, returned, is a pass, and only False is a fail without a reason. Any other value is a fail whose reason
+    shows it, an error one whose reason it is, and so is a change of the state, which is put back as it was `before`.
     """
     before = pickle.dumps(environment.state)
     with jail.session(environment, replica) as session:
@@ -804,9 +809,10 @@ def passes(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: E
 def check(jail: Jail, task: CodeAsTask, left: dict, replica: int) -> None:
     """Raise TaskError unless all code runs, the solution passes, and neither a failure case nor doing nothing does.
 
-    The stages in their order: "runs", for whose sake `what_is_left` runs every code, and `passes` the evaluation of what it
-    left; "solution"; and "failures", whose reason names the first that passes: "failure case 2", or "doing nothing".
-    To do nothing is to leave a fresh state and the answer None: an evaluation that stumbles over that has not passed it.
+    The stages in their order: "runs", for whose sake `what_is_left` runs every code, and `passes` the evaluation of
+    what it left; "solution"; and "failures", whose reason names the first that passes: "failure case 2", or "doing
+    nothing". To do nothing is to leave a fresh state and the answer None: an evaluation that stumbles over that has not
+    passed it.
     """
     ### BEGIN SOLUTION
     what, passing = "the example solution", []
@@ -846,7 +852,7 @@ def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
 
 
 def judge_many(jail: Jail, tasks: Iterable[CodeAsTask | str], workers: int = 4) -> Iterator[Judgement]:
-    """Yield the judgement of each task in the order of the tasks, which are read a few ahead and judged side by side."""
+    """Yield the judgement of each task, in the tasks' order; they are read a few ahead and judged side by side."""
     with ThreadPoolExecutor(workers) as pool:
         ahead = deque()
         for task in tasks:
@@ -858,7 +864,7 @@ def judge_many(jail: Jail, tasks: Iterable[CodeAsTask | str], workers: int = 4) 
 
 
 # ---------------------------------------------------------------------------------------------------
-# the command line
+# the command line (for a second reading)
 
 def read_lines(path: str) -> Iterator[str]:
     """Yield the lines of a file, of one with more than LINE_BYTES only the beginning, which is then no JSON."""
@@ -906,7 +912,7 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     """Judge the tasks of a file; return the exit status."""
-    parser = argparse.ArgumentParser(description="Judge the tasks in a file: one JSON verdict a line, in the file's order.")
+    parser = argparse.ArgumentParser(description="Judge the tasks in a file: a JSON verdict a line, in its order.")
     parser.add_argument("file", help="a file with a task on each line, such as runs/<name>/tasks.jsonl")
     parser.add_argument("--allow-weak-jail", action="store_true", help="run the code even where it cannot be confined")
     add_benchmark_options(parser)

@@ -1,6 +1,7 @@
 """Every command that the README documents, in its order, in a copy of the repository. `.ci/run` runs this.
 
     python tests/readme.py
+    python tests/readme.py --count     (only writes the scripts' lines into the README's table)
 
 What takes long is played in a smaller size, by options that are appended; the rest is the README's, to the letter. Models
 that have to be downloaded give way to the embedded one, the benchmarks' checkouts to the tests' stand-ins. A command has to
@@ -32,6 +33,7 @@ SMALLER = {  # what is appended to a command that begins so; the first that fits
     "python tiny/pretrain.py": "--episodes 40 --epochs 1",
 }
 ELSEWHERE = {"python -m pytest": "it is the next that .ci/run does", "TAU_BENCH=": "it needs the real checkouts", "python tests/readme.py": "this is it"}
+RULE = "# " + 99 * "-" + "\n"  # above the head of a chapter
 COMMAND = r"(?:[A-Z0-9_]+=\S+ )*python (?:-m \w+|\S+\.py)"
 
 
@@ -60,6 +62,17 @@ def prepare(folder: Path, readme: str) -> None:
     (folder / "handed-in" / "student").symlink_to("../course")
 
 
+def counted(readme: str) -> str:
+    """Return the README with the lines of each script in its table: all of them, and those of a first reading."""
+    for script in re.findall(r"^\| `(\w+\.py)` \|", readme, re.MULTILINE):
+        chapters = [RULE + text for text in (ROOT / script).read_text(encoding="utf-8").split(RULE)]
+        lines = [text.count("\n") for text in chapters]
+        lines[0] -= 1  # no rule is above the head of the file
+        first = sum(n for n, text in zip(lines, chapters) if "(for a second reading)" not in text.split("\n")[1])
+        readme = re.sub(rf"^(\| `{script}` \|.*?\|).*$", rf"\1 {sum(lines)} | {first} |", readme, flags=re.MULTILINE)
+    return readme
+
+
 def play(command: str, folder: Path) -> bool:
     """Run a command in a folder; print it, and how it ended; return whether that is well."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -75,7 +88,11 @@ def play(command: str, folder: Path) -> bool:
 def main() -> int:
     """Play all commands; return the exit status."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    ends = []
+    if "--count" in sys.argv:
+        (ROOT / "README.md").write_text(counted(readme), encoding="utf-8")
+        return 0
+    ends = [counted(readme) == readme]
+    print("ok" if ends[0] else "FAILED: python tests/readme.py --count", "    the lines of the scripts, in the table")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "copy"
         prepare(folder, readme)
@@ -84,7 +101,7 @@ def main() -> int:
                 print(f"not here, {where}: {command}")
             else:
                 ends.append(play(as_played(command), folder))
-    print(f"{sum(ends)} of {len(ends)} commands ended well")
+    print(f"{sum(ends) - ends[0]} of {len(ends) - 1} commands ended well")
     return 0 if all(ends) else 1
 
 
