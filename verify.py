@@ -22,6 +22,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import hashlib
 import io
 import itertools
 import json
@@ -56,6 +57,8 @@ LINE_BYTES = 1024 * 1024         # in a line of a task file
 ANSWER_CHARACTERS = 4_000        # in a final answer
 OBSERVATION_CHARACTERS = 4_000   # that a model sees of the output of an action
 TOOL_CALLS = 1_000               # in an action
+REPLIES = 100_000                # that a jail remembers, each of at most
+REPLY_BYTES = 4_096
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -570,7 +573,7 @@ class Jail(contextlib.AbstractContextManager):
     def __init__(self, servers: int = 2, seconds: float = 2.0, allow_weak: bool = False):
         if not hasattr(os, "fork"):
             raise JailError("the jail needs a system with fork: on Windows, run this project inside WSL")
-        self.seconds = seconds
+        self.seconds, self.replies = seconds, {}  # of children, by all that they had been sent until then
         known = sys.platform == "linux" and os.uname().machine in MACHINES
         for self.strong in [True] * known + [False] * allow_weak:
             self.servers = [ForkServer(seed, self.strong) for seed in range(1, servers + 1)]
@@ -624,18 +627,23 @@ for name, attempt in attempts.items():
 class Session(contextlib.AbstractContextManager):
     """A child for one untrusted author, whose variables last from action to action, as in a notebook.
 
-    A child is started by the first action. One that is late or crashes is ended; the next action begins with another.
+    What a child replies follows from its random seed and from what it was sent, so the jail remembers it: rollouts of a
+    task often begin alike. A child is started only for what is new, and then is told all that came before. One that is
+    late or crashes is ended, and the next action begins with another.
     """
 
     def __init__(self, jail: Jail, environment: Environment | None, server: ForkServer):
         self.jail, self.environment, self.server = jail, environment, server
         self.channel: socket.socket | None = None  # to the child, while there is one
+        self.close()
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the child, if there is one."""
+        """End the child, if there is one, and begin with an empty past."""
+        self.actions, self.sent, self.told = 0, [], 0           # messages, and how many of them the child has been told
+        self.past = hashlib.sha256(b"%d\n" % self.server.seed)  # of the seed and the messages
         if self.channel is not None:
             self.channel.close()
             self.channel = None
@@ -651,7 +659,7 @@ class Session(contextlib.AbstractContextManager):
         if problem := text_problem(code):
             return Outcome("", f"the code {problem}")
         request = {"code": code, "arguments": arguments}
-        if self.channel is None:
+        if not self.sent:
             request["tools"] = list(self.environment.tools) if self.environment else []
         try:
             message = pack(plain(request))
@@ -664,12 +672,11 @@ class Session(contextlib.AbstractContextManager):
             return Outcome("", f"{loss}; the variables of earlier actions are lost")
 
     def converse(self, message: bytes) -> Outcome:
-        """Send the child a request, then the result of each of its tool calls; return the outcome that it tells."""
-        if self.channel is None:
-            self.control, self.pid, self.channel = self.server.child()
-        deadline = time.monotonic() + self.jail.seconds
+        """Send a request, then the result of each tool call that is the reply; return the outcome that is the last."""
+        self.actions += 1
+        self.deadline = time.monotonic() + self.jail.seconds
         for calls in itertools.count(1):
-            match self.exchange(message, deadline):
+            match self.reply(message):
                 case {"tool": str(name), "arguments": list(arguments), "keywords": dict(keywords)}:
                     message = self.call_tool(name, arguments, keywords, calls)
                 case {"printed": str(printed), "error": str(error), "value": _}:
@@ -679,25 +686,52 @@ class Session(contextlib.AbstractContextManager):
                 case _:
                     raise ChildLost(NONSENSE)
 
-    def exchange(self, message: bytes, deadline: float) -> Any:
-        """Send a message; return the child's reply as plain data. Raises ChildLost if it is late, dead, or floods."""
+    def reply(self, message: bytes) -> Any:
+        """Return the reply to the next message as plain data, from memory or from the child."""
+        self.sent.append(message)
+        self.past.update(message)
+        past, replies = self.past.digest(), self.jail.replies
+        if (line := replies.get(past)) is None:
+            if self.channel is None:
+                self.control, self.pid, self.channel = self.server.child()
+                self.deadline = time.monotonic() + self.actions * self.jail.seconds  # for the actions before, too
+            for message in self.sent[self.told:]:
+                line = self.exchange(message)
+            self.told = len(self.sent)
+        try:
+            data = plain(json.loads(line))
+        except (ValueError, RecursionError):
+            raise ChildLost(NONSENSE) from None
+        if len(line) <= REPLY_BYTES:
+            if len(replies) >= REPLIES:
+                replies.clear()
+            replies[past] = line
+        return data
+
+    def exchange(self, message: bytes) -> bytes:
+        """Return the line with which the child replies; raises ChildLost if it is late, dead, or floods the pipe."""
         line = b""
         try:
-            self.channel.settimeout(time_until(deadline))
+            self.wait_at_most()
             self.channel.sendall(message)
             while not line.endswith(b"\n"):
-                self.channel.settimeout(time_until(deadline))
+                self.wait_at_most()
                 piece = self.channel.recv(65_536)
                 line += piece
                 if not piece or len(line) > MESSAGE_BYTES:
                     raise ConnectionError("the child has closed the pipe, or floods it")
-            return plain(json.loads(line))
+            return line
         except TimeoutError:
             raise ChildLost(f"the code took longer than {self.jail.seconds:g} seconds") from None
         except OSError:
             raise ChildLost("the code ended or crashed its process, perhaps for lack of memory") from None
-        except (ValueError, RecursionError):
-            raise ChildLost(NONSENSE) from None
+
+    def wait_at_most(self) -> None:
+        """Have the next transfer on the channel raise TimeoutError at the deadline, or raise it if that is past."""
+        seconds = self.deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        self.channel.settimeout(seconds)
 
     def call_tool(self, name: str, arguments: list, keywords: dict, calls: int) -> bytes:
         """Execute a tool call on the environment's state; return its result, or its refusal, as a message."""
@@ -711,13 +745,6 @@ class Session(contextlib.AbstractContextManager):
             return pack({"value": plain(result)})
         except ValueError as error:  # a tool may wrap what it was given into more than a message holds
             return pack({"refusal": f"the result of {name} cannot reach the code: {error}"})
-
-
-def time_until(deadline: float) -> float:
-    """Return the seconds until then; raises TimeoutError if it is past."""
-    if (seconds := deadline - time.monotonic()) <= 0:
-        raise TimeoutError
-    return seconds
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -50,7 +50,8 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def check(jail: Jail, code: str, replica: int = 0) -> None:
-    """A check as the filter makes it: a child for this code alone, its answer, its end."""
+    """A check as the filter makes it: a child for this code alone, its answer, its end; nothing is remembered."""
+    jail.replies.clear()
     with jail.session(make_environment("calculator", 3), replica) as session:
         outcome = session.run(code)
         assert outcome.error is None and outcome.value == (None if code == CODE else AMOUNT)
@@ -74,7 +75,8 @@ def on(cores: set[int], work: Callable[[Jail], object]) -> float:
 
 
 def judge_file(jail: Jail, tasks: list[CodeAsTask], workers: int) -> None:
-    """Judge tasks, all of which must be kept."""
+    """Judge tasks, all of which must be kept, as if none had been judged before."""
+    jail.replies.clear()
     assert all(judgement.ok for judgement in judge_many(jail, tasks, workers))
 
 

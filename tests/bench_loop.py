@@ -3,7 +3,7 @@
     python tests/bench_loop.py [options of selfchallenge.py]
 
 The run is played seven times, in turns with the jail and without. Without it no child is started: what a child would reply
-is known from the first run, which itself does not count. All else is done in both: tasks and turns are read, tools are
+is remembered from the first run, which itself does not count. All else is done in both: tasks and turns are read, tools are
 called, states are compared. So the difference is what the jail adds: forking, confining and ending children, the pipes, and
 in them the code itself. The episodes are the same in each run, to the byte, which is checked.
 
@@ -11,7 +11,6 @@ It is told in two ways. The seconds of whole runs say all, but also all that the
 counts. Code runs only while the network rests, so what the jail adds is also the length of these pauses, with it less without
 it; the median of three counts. A busy hour stretches the pauses and the rest of the same run alike.
 """
-import hashlib
 import shutil
 import sys
 import tempfile
@@ -25,48 +24,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval  # noqa: E402
 import rl  # noqa: E402
 import selfchallenge  # noqa: E402
-from verify import ForkServer  # noqa: E402
+from verify import ForkServer, Jail  # noqa: E402
 
 
-PROBED = b'{"printed": "", "error": null, "value": {"everything": true}}\n'  # the probe asks for another port in each run
+def played(arguments: list[str], replies: dict) -> tuple[dict, int, bytes]:
+    """Play a run whose jail knows some replies, and learns the others; return its seconds, its children, and its episodes."""
+    class Prepared(Jail):
+        def __init__(self, **options) -> None:
+            super().__init__(**options)
+            self.replies = replies
 
-
-class Channel:
-    """The channel to a child, or to none: what is in `replies`, by all that was sent until then, is told from memory."""
-
-    def __init__(self, seed: int, replies: dict, child: tuple | None):
-        self.past, self.replies, self.line = hashlib.sha256(b"%d" % seed), replies, b""
-        self.control, self.pid, self.channel = child or (self, 0, None)
-
-    def settimeout(self, seconds: float) -> None:
-        if self.channel:
-            self.channel.settimeout(seconds)
-
-    def sendall(self, message: bytes) -> None:
-        self.past.update(message)
-        if self.channel:
-            self.channel.sendall(message)
-
-    def recv(self, size: int) -> bytes:
-        if not self.channel:
-            return self.replies.get(self.past.digest(), PROBED)
-        piece = self.channel.recv(size)
-        self.line += piece
-        if self.line.endswith(b"\n") or not piece:
-            self.replies[self.past.digest()], self.line = self.line, b""
-        return piece
-
-    def close(self) -> None:
-        if self.channel:
-            self.channel.close()
-
-
-def played(arguments: list[str], child: Callable[[ForkServer], tuple]) -> tuple[dict, int, bytes]:
-    """Play a run whose sessions get their children from `child`; return its seconds, its children, and its episodes."""
     def counted(server: ForkServer) -> tuple:
-        control, pid, channel = child(server)
-        children.append(pid)
-        return control, pid, channel
+        children.append(server)
+        return start_child(server)
 
     def paused(work: Callable) -> Callable:
         def timed(*arguments):
@@ -79,36 +49,27 @@ def played(arguments: list[str], child: Callable[[ForkServer], tuple]) -> tuple[
 
     children, start_child, folder = [], ForkServer.child, Path(tempfile.mkdtemp())
     pauses, take_steps, play_baselines = [], rl.take_steps, eval.play_baselines
-    ForkServer.child = counted
+    selfchallenge.Jail, ForkServer.child = Prepared, counted
     rl.take_steps, eval.play_baselines = paused(take_steps), paused(play_baselines)
     try:
         options = selfchallenge.parse_options(arguments)
         start = time.monotonic()
         summary = selfchallenge.play_run(folder, options)
         seconds = summary["wall_s"] | {"in all": time.monotonic() - start, "pauses": sum(pauses)}
-        return seconds, sum(map(bool, children)), (folder / "trajectories.jsonl").read_bytes()
+        return seconds, len(children), (folder / "trajectories.jsonl").read_bytes()
     finally:
-        ForkServer.child = start_child
+        selfchallenge.Jail, ForkServer.child = Jail, start_child
         rl.take_steps, eval.play_baselines = take_steps, play_baselines
         shutil.rmtree(folder)
 
 
 def main() -> None:
     """Play the runs, and print the seconds of each phase."""
-    start_child, known = ForkServer.child, {}
-
-    def recorded(server: ForkServer) -> tuple:
-        channel = Channel(server.seed, known, start_child(server))
-        return channel.control, channel.pid, channel
-
-    def remembered(server: ForkServer) -> tuple:
-        channel = Channel(server.seed, known, None)
-        return channel, 0, channel
-
-    _, _, episodes = played(sys.argv[1:], recorded)
+    known: dict = {}
+    _, _, episodes = played(sys.argv[1:], known)
     runs: dict[bool, list[dict]] = {True: [], False: []}
     for jailed in [True, False] * 3:
-        seconds, children, the_same = played(sys.argv[1:], start_child if jailed else remembered)
+        seconds, children, the_same = played(sys.argv[1:], {} if jailed else known)
         assert the_same == episodes, "the runs differ"
         runs[jailed].append(seconds | {"children": children})
     print(f"{'seconds':12} {'with the jail':>14} {'without':>8} {'added':>7}")

@@ -245,6 +245,7 @@ def main() -> None:
           + ", ".join(f"{name} {version}" for name, version in versions().items()))
     with Jail() as jail:
         def make_episodes() -> list[Episode]:
+            jail.replies.clear()
             return [executor(jail, task) for task in tasks for _ in range(8)]
 
         compare(policy, library, make_episodes, turn_tokens=176, context=512, rounds=options.rounds)

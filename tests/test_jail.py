@@ -31,8 +31,15 @@ SECRET = "planted-secret"
 def jail():
     others = descendants()  # that other tests have left running
     with Jail(seconds=1.0) as jail:
-        jail.others = others
+        jail.replies, jail.others = Forgetful(), others
         yield jail
+
+
+class Forgetful(dict):
+    """The memory of a jail that remembers nothing, so that an attack that comes again has to work again."""
+
+    def __setitem__(self, past, line):
+        pass
 
 
 @pytest.fixture(autouse=True)
@@ -704,6 +711,9 @@ MALFORMED = ["null", "1", "{}", '{"tool": 1, "arguments": [], "keywords": {}}', 
              '{"printed": "", "error": null, "value": 1e999}', "no json", '"\\ud800"', "9" * 5_000, "[" * 50_000]
 
 
+MALFORMED_CODE = "import os\nfor fd in range(3, 16):\n    try: os.write(fd, b'no json\\n')\n    except OSError: pass\nwhile True: pass"
+
+
 @pytest.mark.parametrize("message", MALFORMED, ids=lambda message: message[:20])
 def test_a_malformed_message_ends_the_child(jail, message):
     # That it would do harm cannot be shown: there is no parser here that believes it.
@@ -782,6 +792,68 @@ def test_an_evaluation_that_depends_on_its_process_is_rejected(jail):
     # By chance all of ten pids can be as it likes them, so it asks for more than one bit: that fails the solution.
     evaluation = "import os\ndef evaluate(answer): return os.getpid() % 1000 == 1"
     assert judge(jail, task_with(evaluation)).ok is False
+
+
+def test_a_reply_is_remembered_for_an_equal_past_alone(monkeypatch):
+    def play(jail, item="tea", seed=SEED, replica=0, second="print(tea)"):
+        with jail.session(make_environment("calculator", seed), replica) as session:
+            return session.run(f"tea = amount({item!r})").error, session.run(second).printed
+
+    with Jail() as jail:
+        jail.replies.clear()  # of the probe
+        assert play(jail) == play(jail) == (None, f"{TEA}\n")
+        assert len(jail.replies) == 3  # a tool call, and the ends of two actions
+        monkeypatch.setattr(ForkServer, "child", lambda self: pytest.fail("a child was asked for"))
+        assert play(jail) == (None, f"{TEA}\n")
+        for another in [dict(item="cup"), dict(seed=SEED + 1), dict(replica=1), dict(second="print(tea + 1)")]:
+            with pytest.raises(pytest.fail.Exception):
+                play(jail, **another)
+
+
+def test_a_child_that_is_started_late_is_told_all_that_came_before():
+    with Jail() as jail:
+        for last, printed in [("print(a, b)", f"{TEA} 2\n"), ("print(b, a)", f"2 {TEA}\n")]:
+            world = make_environment("calculator", SEED)
+            with jail.session(world) as session:
+                session.run("a = amount('tea')")
+                session.run("b = 2")
+                assert session.run(last).printed == printed
+                assert session.channel is not None
+                session.run("a += 1")
+                assert session.run("print(a)").printed == f"{TEA + 1}\n"
+
+
+def test_tool_calls_are_executed_on_the_state_of_the_episode_whatever_is_remembered():
+    order = next(o for o in make_environment("shop", SEED).state["orders"].values() if o["status"] == "pending")["order_id"]
+    with Jail() as jail:
+        for _ in range(2):
+            world = make_environment("shop", SEED)
+            with jail.session(world) as session:
+                session.run(f"change_city({order!r}, 'Oslo')")
+            assert world.state["orders"][order]["city"] == "Oslo"
+        replies = len(jail.replies)
+        world.state["orders"][order]["status"] = "shipped"  # in which the call is refused: another past from there on
+        with jail.session(world) as session:
+            assert "ToolError" in session.run(f"change_city({order!r}, 'Rome')").error
+        assert len(jail.replies) > replies
+
+
+@pytest.mark.parametrize("code", ["while True: pass", "import os; os._exit(0)", MALFORMED_CODE, "print('x' * 5_000)"],
+                         ids=["late", "dead", "malformed", "long"])
+def test_what_is_no_reply_or_a_long_one_is_not_remembered(code):
+    with Jail(seconds=0.3) as jail:
+        jail.replies.clear()  # of the probe
+        for _ in range(2):
+            run(jail, code)
+            assert not jail.replies
+
+
+def test_the_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr("verify.REPLIES", 10)
+    with Jail() as jail:
+        for number in range(25):
+            assert run(jail, f"print({number})").printed == f"{number}\n"
+            assert len(jail.replies) <= 10
 
 
 def test_replicas_differ_in_their_seeds_and_each_repeats_itself(jail):
