@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from eval import SUITES, BenchmarkTask, continued, evaluate_policy, format_table, load_suite, setting_of, write_report
 from rl import (Episode, Policy, add_training_options, advice_on_memory, append_lines, load_policy, make_optimizer,
-                open_benchmarks, record, rollout, rollout_limits, seeded, train, versions)
+                open_benchmarks, positive, record, rollout, rollout_limits, seeded, train, versions)
 from tools import ENVIRONMENTS, Environment, endpoint_model, make_environment
 from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task
 
@@ -495,7 +495,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--airline", default="paper", choices=["paper", "all"], help="the paper's 30 tasks for Airline, or all 50")
     add("--challenger-endpoint", metavar="URL", help="let the model at this OpenAI-compatible address write the tasks")
     add("--challenger-model", metavar="NAME", help="the model there")
-    add("--trials", type=int, default=4, help="sampled attempts at each held-out task; at least 4 for Pass@4")
+    add("--trials", type=positive, default=4, help="sampled attempts at each held-out task; at least 4 for Pass@4")
     add_training_options(parser)
     options = parser.parse_args(arguments)
     if options.resume is not None:

@@ -467,6 +467,23 @@ def test_a_prompt_that_rollouts_share_is_computed_once(policy, jail, monkeypatch
     assert len(trajectories) == 6 and fed == [prompt - 1]  # its last token is where each begins to sample
 
 
+def test_another_model_plays_and_where_it_fails_the_episode_does_not_count(policy, jail):
+    """The second of three episodes loses its model after one turn; the others end as ever."""
+    def model(conversations):
+        asked.append(len(conversations))
+        texts = ["ACTION: print(1) END ACTION" if len(c) == 2 else "ANSWER: 7 END ANSWER" for c in conversations]
+        return texts if len(asked) == 1 else [texts[0], None, texts[2]]
+
+    asked, episodes = [], [Executor(jail, TASK) for _ in range(3)]
+    first, failed, last = rollout(policy, episodes, seeded(policy.device, 0), model=model)
+    assert asked == [3, 3] and [t.status for t in (first, failed, last)] == ["answered", "model failed", "answered"]
+    assert first.tokens == last.tokens and math.isnan(failed.reward) and not math.isnan(first.reward)
+    assert failed.tokens == first.tokens[:len(failed.tokens)] and len(failed.tokens) < len(first.tokens)
+    turn = policy.tokenizer("ANSWER: 7 END ANSWER", add_special_tokens=False).input_ids + [policy.tokenizer.eos_token_id]
+    assert first.tokens[-len(turn):] == turn and all(first.mask[-len(turn):])  # what the policy would have had to sample
+    assert set(first.logprobs) == {0.0} and sum(first.mask) > sum(failed.mask) > 0
+
+
 def test_a_model_with_a_sliding_window_keeps_to_it(policy, monkeypatch):
     monkeypatch.setattr(policy.model.config, "sliding_window", 64, raising=False)
     with pytest.raises(PolicyError, match="sliding window of 64 tokens"):

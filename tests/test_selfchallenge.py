@@ -345,6 +345,7 @@ def test_a_lost_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path, 
         (["--env", "chess"], "invalid choice"),
         (["--steps", "many"], "invalid int"),
         (["--parallel", "0"], "invalid positive value: '0'"),
+        (["--trials", "0"], "invalid positive value: '0'"),
         (["--rollouts", "1"], "at least two"),
     ],
 )
