@@ -44,7 +44,8 @@ from torch.optim import Adam, Optimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-warnings.filterwarnings("ignore", message=".*gradient_checkpointing")  # of a new name; peft uses the old one
+# Of names that are to change in transformers 5.40, which requirements.txt leaves out: peft, too, uses the old ones.
+warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|past_key_values)")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces optional kernels that we do not need
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt when there is no network
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less of a GPU's memory is lost in gaps
