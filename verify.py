@@ -642,8 +642,10 @@ class Session(contextlib.AbstractContextManager):
 
     def close(self) -> None:
         """End the child, if there is one, and begin with an empty past."""
-        self.actions, self.sent, self.told = 0, [], 0           # messages, and how many of them the child has been told
-        self.past = hashlib.sha256(b"%d\n" % self.server.seed)  # of the seed and the messages
+        self.actions = 0             # that were begun
+        self.sent: list[bytes] = []  # all messages to a child so far ...
+        self.told = 0                # ... and how many of them the child has really been told
+        self.past = hashlib.sha256(b"%d\n" % self.server.seed)  # of the seed and the messages, for the jail's memory
         if self.channel is not None:
             self.channel.close()
             self.channel = None
@@ -695,8 +697,8 @@ class Session(contextlib.AbstractContextManager):
             if self.channel is None:
                 self.control, self.pid, self.channel = self.server.child()
                 self.deadline = time.monotonic() + self.actions * self.jail.seconds  # for the actions before, too
-            for message in self.sent[self.told:]:
-                line = self.exchange(message)
+            for untold in self.sent[self.told:]:
+                line = self.exchange(untold)
             self.told = len(self.sent)
         try:
             data = plain(json.loads(line))
