@@ -45,10 +45,10 @@ import torch
 from tqdm import tqdm
 
 from rl import (
-    Policy, add_rollout_options, advice_on_memory, append_lines, executor, load_policy, open_benchmarks, read_tasks,
-    record, rollout, rollout_limits, seeded, versions,
+    Policy, add_rollout_options, advice_on_memory, append_lines, executor, load_policy, read_tasks, record, rollout,
+    rollout_limits, seeded, versions,
 )
-from tools import ENVIRONMENTS, BenchmarkEnvironment, Environment, make_environment
+from tools import ENVIRONMENTS, BenchmarkEnvironment, Environment, load_benchmarks, make_environment
 from verify import CodeAsTask, FormatError, Jail, Verdict, evaluate, guarded, parse_step
 
 SUITES = ("calculator", "shop")  # the toy suites, which need no download
@@ -621,6 +621,8 @@ figure, details { margin: .6rem 0; padding: .65rem .95rem; background: var(--car
 .charts p { margin: .4rem 0; } svg { display: block; } .legend span { display: inline-block; margin-right: .9rem; }
 .bars { display: grid; grid-template-columns: auto 1fr auto; gap: .5rem .9rem; align-items: center; font-size: .9rem; }
 i { display: inline-block; width: .85rem; height: .85rem; border-radius: 4px; background: var(--colour); }
+figure .bars > :is(span:not(.track, :empty, :first-child), span:not(.track, :empty, :first-child) + .track,
+  span:not(.track, :empty, :first-child) + .track + b) { margin-top: .6rem; }
 .track { position: relative; height: .85rem; border-radius: 4px; background: var(--line); }
 .track i { display: block; width: calc(100% * var(--length)); }
 s { position: absolute; left: calc(100% * (var(--length) - var(--error))); top: .4rem;
@@ -676,7 +678,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict]:
     """Return {suite: numbers} of the policy that the command line asks for, each with the "setting" of `setting_of`."""
     if arguments.trials < 1:
         raise ValueError("--trials must be at least 1")
-    open_benchmarks(arguments)
+    load_benchmarks(arguments.m3tooleval, arguments.tau_bench, arguments.any_version)
     suites = {name: load_suite(name, arguments.airline) for name in arguments.suite}  # a wrong name is noticed first
     setting = setting_of(arguments)
     with Jail(allow_weak=arguments.allow_weak_jail) as jail:
@@ -714,7 +716,8 @@ def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[l
     whole = text[:text.rfind("\n") + 1]  # without the half line that a crash may have left
     lines = [json.loads(line) for line in whole.splitlines()] or [setting]
     if lines[0] != setting:
-        raise ValueError(f"{str(path)!r} holds the episodes of another evaluation: give --episodes a new file")
+        raise ValueError(f"{str(path)!r} holds the episodes of another evaluation, or one by other versions of the "
+                         "libraries: delete it to begin anew")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(whole or json.dumps(setting) + "\n", encoding="utf-8")
     return lines[1:], partial(append_lines, path)

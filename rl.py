@@ -831,11 +831,6 @@ def rollout_limits(options) -> dict:
     return {"parallel": options.parallel, "turn_tokens": options.turn_tokens, "context": options.context, "user": user}
 
 
-def open_benchmarks(options) -> None:
-    """Load the benchmarks whose checkouts the options name; raises BenchmarkError if one cannot be used."""
-    load_benchmarks(options.m3tooleval, options.tau_bench, options.any_version)
-
-
 def versions() -> dict[str, str]:
     """The versions of Python and of the libraries on which figures depend."""
     libraries = ("torch", "transformers", "bitsandbytes", "peft")
@@ -1040,7 +1035,7 @@ def main() -> int:
             return
         if not options.tasks:
             raise PolicyError("give --tasks FILE to train on, or --fit MODEL to see what fits on a GPU")
-        open_benchmarks(options)
+        load_benchmarks(options.m3tooleval, options.tau_bench, options.any_version)
         tasks = list(read_tasks(options.tasks))
         with advice_on_memory(options.model):
             policy = load_policy(options.model, rank=options.rank, seed=options.seed)

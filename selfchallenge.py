@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from eval import SUITES, BenchmarkTask, continued, evaluate_policy, format_table, load_suite, setting_of, write_report
 from rl import (Episode, Policy, add_training_options, advice_on_memory, append_lines, load_policy, make_optimizer,
-                open_benchmarks, positive, record, rollout, rollout_limits, seeded, train, versions)
-from tools import ENVIRONMENTS, Environment, endpoint_model, make_environment
+                positive, record, rollout, rollout_limits, seeded, train, versions)
+from tools import ENVIRONMENTS, Environment, endpoint_model, load_benchmarks, make_environment
 from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task
 
 REJECTED_AT = ["parse", "runs", "solution", "failures", "held-out", "duplicate"]
@@ -357,7 +357,7 @@ def peak_memory() -> int:
 
 def play_run(folder: Path, options: argparse.Namespace) -> dict:
     """Play what the run in a folder has not finished yet; return the summary, which is also written there."""
-    open_benchmarks(options)
+    load_benchmarks(options.m3tooleval, options.tau_bench, options.any_version)
     suites = {name: load_suite(name, options.airline) for name in options.env}
     held_out = HeldOut([task for name in {*SUITES, *suites} for task in load_suite(name, options.airline)])
     with advice_on_memory(options.model), Jail(allow_weak=options.allow_weak_jail) as jail:
