@@ -57,8 +57,8 @@ LINE_BYTES = 1024 * 1024         # in a line of a task file
 ANSWER_CHARACTERS = 4_000        # in a final answer
 OBSERVATION_CHARACTERS = 4_000   # that a model sees of the output of an action
 TOOL_CALLS = 1_000               # in an action
-REPLIES = 100_000                # that a jail remembers, each of at most
-REPLY_BYTES = 4_096
+REPLIES = 100_000                # that a jail remembers, each with its message of at most
+REPLY_BYTES = 8_192
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -174,9 +174,12 @@ def parse_step(text: str) -> Step:
 
 
 def strip_fence(code: str) -> str:
-    """Return code without the indentation and the Markdown fence that models put around it."""
-    code = textwrap.dedent(code).strip() if code.lstrip(" \t").startswith("\n") else code.strip()
-    return strip_fence(code.partition("\n")[2].removesuffix("```")) if code.startswith("```") else code
+    """Return code without the indentation and the Markdown fences that models put around it."""
+    while True:
+        code = textwrap.dedent(code).strip() if code.lstrip(" \t").startswith("\n") else code.strip()
+        if not code.startswith("```"):
+            return code
+        code = "\n" + code.partition("\n")[2].removesuffix("```")
 
 
 def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
@@ -518,6 +521,8 @@ class ForkServer:
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the parent, which then closes the control socket
             )
+        with contextlib.suppress(OSError), open(f"/proc/{self.process.pid}/oom_score_adj", "w") as badness:
+            badness.write("1000")  # should all children together exhaust the machine's memory, Linux ends one of them
 
     def stop(self) -> None:
         """End the process and its children; it may have been stopped before."""
@@ -627,9 +632,10 @@ for name, attempt in attempts.items():
 class Session(contextlib.AbstractContextManager):
     """A child for one untrusted author, whose variables last from action to action, as in a notebook.
 
-    What a child replies follows from its random seed and from what it was sent, so the jail remembers it: rollouts of a
-    task often begin alike. A child is started only for what is new, and then is told all that came before. One that is
-    late or crashes is ended, and the next action begins with another.
+    What a child replies follows from its random seed and from what it was sent (unless the code looks at a clock), so
+    the jail remembers it: rollouts of a task often begin alike. A child is started only for what is new, and then is
+    told all that came before, to which it must reply as remembered. One that does not, is late or crashes is ended, and
+    the next action begins with another.
     """
 
     def __init__(self, jail: Jail, environment: Environment | None, server: ForkServer):
@@ -642,10 +648,9 @@ class Session(contextlib.AbstractContextManager):
 
     def close(self) -> None:
         """End the child, if there is one, and begin with an empty past."""
-        self.actions = 0             # that were begun
-        self.sent: list[bytes] = []  # all messages to a child so far ...
-        self.told = 0                # ... and how many of them the child has really been told
-        self.past = hashlib.sha256(b"%d\n" % self.server.seed)  # of the seed and the messages, for the jail's memory
+        self.actions = 0  # that were begun
+        self.untold: list[tuple[bytes, bytes | None]] = []  # messages that a child still has to be told, and its replies
+        self.past = hashlib.sha256(b"%d\n" % self.server.seed)  # of the seed and all messages, for the jail's memory
         if self.channel is not None:
             self.channel.close()
             self.channel = None
@@ -661,7 +666,7 @@ class Session(contextlib.AbstractContextManager):
         if problem := text_problem(code):
             return Outcome("", f"the code {problem}")
         request = {"code": code, "arguments": arguments}
-        if not self.sent:
+        if not self.actions:
             request["tools"] = list(self.environment.tools) if self.environment else []
         try:
             message = pack(plain(request))
@@ -690,21 +695,24 @@ class Session(contextlib.AbstractContextManager):
 
     def reply(self, message: bytes) -> Any:
         """Return the reply to the next message as plain data, from memory or from the child."""
-        self.sent.append(message)
         self.past.update(message)
         past, replies = self.past.digest(), self.jail.replies
-        if (line := replies.get(past)) is None:
+        line = replies.get(past)
+        self.untold.append((message, line))
+        if line is None:
             if self.channel is None:
                 self.control, self.pid, self.channel = self.server.child()
                 self.deadline = time.monotonic() + self.actions * self.jail.seconds  # for the actions before, too
-            for untold in self.sent[self.told:]:
+            for untold, remembered in self.untold:
                 line = self.exchange(untold)
-            self.told = len(self.sent)
+                if remembered not in (None, line):
+                    raise ChildLost("the code does not do the same again, perhaps because it looks at a clock")
+            self.untold.clear()
         try:
             data = plain(json.loads(line))
         except (ValueError, RecursionError):
             raise ChildLost(NONSENSE) from None
-        if len(line) <= REPLY_BYTES:
+        if len(message) + len(line) <= REPLY_BYTES:
             if len(replies) >= REPLIES:
                 replies.clear()
             replies[past] = line
@@ -799,7 +807,7 @@ def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any
     Only True, returned, is a pass, and only False is a fail without a reason. Any other value is a fail whose reason
     shows it, an error one whose reason it is, and so is a change of the state, which is put back as it was `before`.
     """
-    before = pickle.dumps(environment.state)
+    before, environment.over = pickle.dumps(environment.state), False  # to be looked at through the tools once more
     with jail.session(environment, replica) as session:
         outcome = session.run(task.evaluate, [as_answer(answer)])
     ### BEGIN SOLUTION
@@ -812,19 +820,14 @@ def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any
     ### END SOLUTION
 
 
-def what_is_left(jail: Jail, task: CodeAsTask, left: dict, what: str, code: str) -> tuple[Environment, Any]:
-    """Return the environment and the answer that code leaves from a fresh state; raises TaskError if it breaks.
-
-    It runs once: `left` remembers by `what` it is.
-    """
-    if what not in left:
-        environment = make_environment(task.env, task.seed)
-        with jail.session(environment) as session:
-            outcome = session.run(code)
-        if outcome.error is not None:
-            raise TaskError("runs", f"{what} does not run:\n{outcome.error}")
-        left[what] = environment, outcome.value
-    return left[what]
+def what_is_left(jail: Jail, task: CodeAsTask, replica: int, what: str, code: str) -> tuple[Environment, Any]:
+    """Return the environment and the answer that code leaves from a fresh state; raises TaskError if it breaks."""
+    environment = make_environment(task.env, task.seed)
+    with jail.session(environment, replica) as session:
+        outcome = session.run(code)
+    if outcome.error is not None:
+        raise TaskError("runs", f"{what} does not run:\n{outcome.error}")
+    return environment, outcome.value
 
 
 def passes(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: Environment, answer: Any) -> bool:
@@ -835,7 +838,7 @@ def passes(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: E
     return verdict.passed
 
 
-def check(jail: Jail, task: CodeAsTask, left: dict, replica: int) -> None:
+def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
     """Raise TaskError unless all code runs, the solution passes, and neither a failure case nor doing nothing does.
 
     The stages in their order: "runs", for whose sake `what_is_left` runs every code, and `passes` the evaluation of
@@ -845,10 +848,10 @@ def check(jail: Jail, task: CodeAsTask, left: dict, replica: int) -> None:
     """
     ### BEGIN SOLUTION
     what, passing = "the example solution", []
-    solved = passes(jail, task, replica, what, *what_is_left(jail, task, left, what, task.solution))
+    solved = passes(jail, task, replica, what, *what_is_left(jail, task, replica, what, task.solution))
     for code in dict.fromkeys(task.failures):  # models repeat themselves
         what = f"failure case {task.failures.index(code) + 1}"
-        state_and_answer = what_is_left(jail, task, left, what, code)
+        state_and_answer = what_is_left(jail, task, replica, what, code)
         if solved and passes(jail, task, replica, what, *state_and_answer):
             passing.append(what)
     if not solved:
@@ -863,16 +866,15 @@ def check(jail: Jail, task: CodeAsTask, left: dict, replica: int) -> None:
 def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
     """Return the filter's judgement of a task, or of a line of JSON that should hold one.
 
-    What is to be kept is evaluated once more by a server with another random seed: what depends on it is no task.
+    What is to be kept is checked once more by a server with another random seed: what depends on it is no task.
     """
     start = time.monotonic()
     try:
         task = CodeAsTask.from_json(task) if isinstance(task, str) else task
         check_form(task)
-        left: dict[str, tuple[Environment, Any]] = {}
-        check(jail, task, left, replica=0)
+        check(jail, task, replica=0)
         try:
-            check(jail, task, left, replica=1)
+            check(jail, task, replica=1)
         except TaskError as rejection:
             raise TaskError(rejection.stage, f"with another random seed, {rejection.reason}") from None
     except TaskError as rejection:

@@ -293,6 +293,16 @@ except ToolError as error: result = str(error)""")
     assert environment.over and environment.state == Retail(0).state
 
 
+def test_a_task_may_end_with_a_transfer_and_is_judged_all_the_same(checkouts, jail):
+    task = CodeAsTask(
+        "retail", 0, "Cancel it, and have the rest done.",
+        evaluate="def evaluate(): return get_order_details('#W0000001')['status'] == 'cancelled'",
+        solution="cancel_order('#W0000001')\ntransfer_to_human_agents('the rest')",
+        failures=["transfer_to_human_agents('all')", "get_order_details('#W0000001')", "x = 1"])
+    judgement = judge(jail, task)
+    assert judgement.ok, judgement.reason
+
+
 def test_the_database_is_compared_as_text(checkouts):
     environment, other = Retail(0), Retail(0)
     other.state["orders"]["#W0000001"]["price"] = 5.0

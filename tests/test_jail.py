@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -823,6 +824,29 @@ def test_a_child_that_is_started_late_is_told_all_that_came_before():
                 assert session.run("print(a)").printed == f"{TEA + 1}\n"
 
 
+def test_code_that_looks_at_a_clock_is_never_told_what_its_variables_do_not_hold():
+    look = "import time\nnow = time.time_ns()\nprint(now)"
+    with Jail() as jail:
+        with jail.session(None) as session:
+            first = session.run(look).printed
+        with jail.session(None) as session:
+            assert session.run(look).printed == first  # remembered; no child has run it yet
+            assert "the same again" in (lost := session.run("print(now)").error) and "are lost" in lost
+            assert "NameError" in session.run("print(now)").error
+        with jail.session(None) as session:  # without a memory of the first look all is as in a notebook
+            jail.replies.clear()
+            assert session.run(look).printed == session.run("print(now)").printed
+
+
+def test_a_session_keeps_no_messages_that_its_child_has_been_told(jail):
+    world = make_environment("calculator", SEED)
+    world.tools = {"echo": lambda environment, text: text}
+    with jail.session(world) as session:
+        for number in range(3):
+            assert session.run(f"for n in range(20): echo(str({number}) * 100_000)").error is None
+            assert session.untold == []
+
+
 def test_tool_calls_are_executed_on_the_state_of_the_episode_whatever_is_remembered():
     order = next(o for o in make_environment("shop", SEED).state["orders"].values() if o["status"] == "pending")["order_id"]
     with Jail() as jail:
@@ -838,7 +862,7 @@ def test_tool_calls_are_executed_on_the_state_of_the_episode_whatever_is_remembe
         assert len(jail.replies) > replies
 
 
-@pytest.mark.parametrize("code", ["while True: pass", "import os; os._exit(0)", MALFORMED_CODE, "print('x' * 5_000)"],
+@pytest.mark.parametrize("code", ["while True: pass", "import os; os._exit(0)", MALFORMED_CODE, "print('x' * 10_000)"],
                          ids=["late", "dead", "malformed", "long"])
 def test_what_is_no_reply_or_a_long_one_is_not_remembered(code):
     with Jail(seconds=0.3) as jail:
@@ -887,6 +911,15 @@ def test_sessions_of_a_dead_server_end_in_a_sentence(jail):
         jail.servers[0].process.wait()
         outcomes = [session.run("import time\ntime.sleep(0.2)\nprint(1)") for _ in range(2)]
     assert "lost" in outcomes[0].error and outcomes[1].printed == "1\n"
+
+
+def test_for_want_of_memory_a_child_is_ended_before_the_parent(jail):
+    """Each child may have 256 MB, and hundreds of them more than there is. To exhaust a machine in a test will not do."""
+    with jail.session(None) as session:
+        session.run("x = 1")
+        for pid in (jail.servers[0].process.pid, session.pid):
+            assert int(Path(f"/proc/{pid}/oom_score_adj").read_text()) == 1000
+    assert int(Path("/proc/self/oom_score_adj").read_text()) < 1000
 
 
 def test_servers_that_keep_ending_are_a_sentence(jail, monkeypatch):

@@ -85,6 +85,8 @@ def change(task, **parts):
     ("ACTION:\n    if x:\n        y\nEND ACTION", "", "action", "if x:\n    y"),
     ("ACTION:\n```python\nprint(1)\n```\nEND ACTION", "", "action", "print(1)"),
     ("ACTION: ```\nprint(1)```END ACTION trailing words", "", "action", "print(1)"),
+    ("ACTION:\n```python\n    if x:\n        y\n```\nEND ACTION", "", "action", "if x:\n    y"),
+    ("ACTION:\n" + "```\n" * 10_000 + "x\nEND ACTION", "", "action", "x"),
     ("ANSWER: END ANSWER", "", "answer", ""),
     ("THOUGHT: the ACTION: comes later END THOUGHT ACTION: f() END ACTION", "the ACTION: comes later", "action", "f()"),
     ("ACTION: print('ANSWER: 5') END ACTION", "", "action", "print('ANSWER: 5')"),
@@ -269,6 +271,12 @@ def test_a_verdict_that_flips_between_runs_is_rejected(jail):
     for evaluation in (seeded, hashed):
         judgement = judge(jail, change(CALCULATOR, solution="result = 1", evaluate=evaluation))
         assert judgement.stage == "solution" and judgement.reason.startswith("with another random seed, the example solution")
+
+
+def test_a_solution_that_depends_on_chance_is_rejected(jail):
+    lucky = f"result = int(hash('tea') == {hash_of(jail, 0)})"
+    judgement = judge(jail, change(CALCULATOR, solution=lucky, evaluate="def evaluate(answer): return answer == 1"))
+    assert judgement.stage == "solution" and judgement.reason.startswith("with another random seed, the example solution")
 
 
 def hash_of(jail, replica):

@@ -51,8 +51,8 @@ WRONG = {
         "only the first failure case is played": altered("check", ("dict.fromkeys(task.failures)", "task.failures[:1]")),
         "failure cases go on in the solution's state": altered("check", ("what, code)\n", '"the example solution", code)\n')),
         "a failure case that breaks has failed": altered("check", (
-            "    state_and_answer = what_is_left(jail, task, left, what, code)\n",
-            "    try:\n        state_and_answer = what_is_left(jail, task, left, what, code)\n    except TaskError:\n        continue\n")),
+            "    state_and_answer = what_is_left(jail, task, replica, what, code)\n",
+            "    try:\n        state_and_answer = what_is_left(jail, task, replica, what, code)\n    except TaskError:\n        continue\n")),
         "doing nothing must not break the evaluation": altered("check", (
             "evaluate(jail, task, make_environment(task.env, task.seed), None, replica).passed",
             "passes(jail, task, replica, what, make_environment(task.env, task.seed), None)")),

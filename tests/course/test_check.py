@@ -26,7 +26,7 @@ def check(jail, monkeypatch):
     def rejected(task: CodeAsTask, says: Callable[[Any, Any], Verdict] = lambda _, answer: Verdict(answer == TEA + 100)):
         monkeypatch.setattr(verify, "evaluate", lambda jail, task, environment, answer, replica=0: says(environment, answer))
         try:
-            verify.check(jail, task, {}, replica=0)
+            verify.check(jail, task, replica=0)
         except TaskError as rejection:
             return rejection.stage, rejection.reason
         return "survived", ""
