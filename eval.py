@@ -26,6 +26,7 @@ import builtins
 import json
 import math
 import re
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -41,15 +42,18 @@ from string import Template
 from textwrap import shorten
 from typing import Any
 
-import torch
-from tqdm import tqdm
+if __name__ == "__main__":  # for as long as the libraries are loaded, which takes seconds
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; nothing was begun"))
 
-from rl import (
-    Policy, add_rollout_options, advice_on_memory, append_lines, executor, load_policy, read_tasks, record, rollout,
-    rollout_limits, seeded, versions,
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from rl import (  # noqa: E402
+    Policy, add_rollout_options, advice_on_memory, append_lines, executor, load_policy, natural, prepare, read_tasks,
+    record, rollout, rollout_limits, seeded, versions,
 )
-from tools import ENVIRONMENTS, BenchmarkEnvironment, Environment, load_benchmarks, make_environment
-from verify import CodeAsTask, FormatError, Jail, Verdict, evaluate, guarded, parse_step
+from tools import ENVIRONMENTS, BenchmarkEnvironment, Environment, make_environment  # noqa: E402
+from verify import CodeAsTask, FormatError, Jail, Verdict, evaluate, guarded, parse_step  # noqa: E402
 
 SUITES = ("calculator", "shop")  # the toy suites, which need no download
 PAPER_MODELS = ["Llama-3.1-8B-Instruct", "... after self-challenging", "... one model for all",
@@ -341,8 +345,8 @@ SURVIVED = {  # what is known of a task that the filter has not rejected at a st
 NORMAL = {  # what the learning curve's figures are, and what is normal for them
     "reward": "mean over the step's rollouts; rises, with noise, because every step plays other tasks",
     "signal": "share of tasks whose rollouts did not all end alike: only they teach; falls as tasks become easy",
-    "loss": "near 0, of either sign, is fine: REINFORCE's loss is not an error; look at the reward",
-    "gradient_norm": "keeps its order of magnitude; a jump by ten hints at too high a learning rate",
+    "loss": "of either sign, near 0 or not: REINFORCE's loss is no error that has to fall; look at the reward",
+    "gradient_norm": "before it is cut to 1; differs from step to step, and 0 means that no task had signal",
     "mismatch_kl": "sampler against trainer, which are one model: near 0; above 0.01 something is wrong",
     "trained_tokens": "sampled tokens of the tasks with signal; falls with it, and rises as episodes grow longer",
 }
@@ -387,7 +391,7 @@ def write_report(run: Path, *others: Path) -> Path:
 def page_parts(run: dict[str, Any], groups: dict[str, list[dict]]) -> dict[str, str]:
     """Return what stands in the places of PAGE, as HTML: about a run, and of all groups the results and the curves."""
     config, summary, metrics, tasks = run["config"], run["summary"], run["metrics"], run["tasks"]
-    seconds, state = summary.get("wall_s", {}), "not finished: some sections are empty"
+    seconds, state = summary.get("wall_s", {}), "not finished, or a run of rl.py alone: some sections are empty"
     if summary:
         minutes, memory = sum(seconds.values()) / 60, summary.get("peak_memory_bytes", 0) / 2**30
         state = f"{minutes:.1f} minutes, {memory:.2f} GiB at its peak"
@@ -631,7 +635,7 @@ pre { margin: 0; padding: .65rem .8rem; border-radius: 6px; background: var(--pa
   font: .83rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
 @media print { :root { --page: #fff; } body { max-width: none; padding: 0; } pre { border: 1px solid var(--line); }
   .wide { overflow: visible; } table { white-space: normal; font-size: .75rem; } th { overflow-wrap: normal; }
-  h2, h3, h4, summary, .note, .legend { break-after: avoid; } figure, tr, .note { break-inside: avoid; }
+  h2, h3, h4, summary, .note, .legend { break-after: avoid; } figure, tr, .note, summary, pre { break-inside: avoid; }
   details::details-content { content-visibility: visible; block-size: auto; } }
 </style>
 <h1>Self-challenging run</h1>
@@ -678,7 +682,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict]:
     """Return {suite: numbers} of the policy that the command line asks for, each with the "setting" of `setting_of`."""
     if arguments.trials < 1:
         raise ValueError("--trials must be at least 1")
-    load_benchmarks(arguments.m3tooleval, arguments.tau_bench, arguments.any_version)
+    prepare(arguments)
     suites = {name: load_suite(name, arguments.airline) for name in arguments.suite}  # a wrong name is noticed first
     setting = setting_of(arguments)
     with Jail(allow_weak=arguments.allow_weak_jail) as jail:
@@ -725,14 +729,14 @@ def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[l
 
 def main() -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--suite", nargs="+", default=list(SUITES), metavar="NAME", help=f"some of {', '.join(ENVIRONMENTS)}")
     add("--policy", default="tiny", help="a model folder or hub name, or a baseline: nothing or reference")
     add("--adapter", help="the folder of a trained adapter, such as runs/<name>/adapter")
     add("--trials", type=int, default=4, help="sampled trials of each task; at least 4 for Pass@4")
-    add("--seed", type=int, default=0, help="of the sampling")
+    add("--seed", type=natural, default=0, help="of the sampling")
     add("--airline", default="paper", choices=["paper", "all"], help="the paper's 30 tasks for Airline, or all 50")
     add("--episodes", type=Path, metavar="FILE",
         help="write the episodes here, --parallel at a time; those in it already are not played again")

@@ -23,6 +23,7 @@ import math
 import os
 import platform
 import random
+import signal
 import sys
 import time
 import warnings
@@ -35,6 +36,9 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # for as long as the libraries are loaded, which takes seconds
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; nothing was begun"))
 
 import torch
 from jinja2 import TemplateError  # of the language of chat templates; it comes with torch
@@ -51,6 +55,7 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of ever
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less of a GPU's memory is lost in gaps
 torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, and in a rollout each token brings another
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402  (it comes with transformers)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 from transformers import DynamicCache, PreTrainedConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
@@ -98,7 +103,7 @@ def in_a_sentence(what: str, advice: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:  # a RuntimeError, too: see advice_on_memory
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, TemplateError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TemplateError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise PolicyError(f"cannot {what}: {reason} ({advice})") from error
 
@@ -153,6 +158,8 @@ def attach_adapter(base: torch.nn.Module, adapter: str | Path | None, rank: int,
     A new one changes nothing yet; its weights depend on `seed` alone. Raises PolicyError if a saved one does not fit.
     """
     if adapter is not None:
+        if Path(adapter).is_dir() and not Path(adapter, "adapter_config.json").exists():
+            raise PolicyError(f"{str(adapter)!r} holds no adapter: give a folder such as runs/NAME/adapter")
         with in_a_sentence(f"load the adapter {str(adapter)!r}", "give the folder of one trained on this model"):
             return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
     torch.manual_seed(seed)
@@ -332,13 +339,15 @@ def rollout(
 
     temperature 0 is greedy. A turn is cut after `turn_tokens` and at `context` tokens, where the episode ends. `user`
     speaks for the users of conversations; without one, the policy's base does. Another `model`, such as one behind an
-    endpoint, may play in the policy's place. Raises PolicyError if a prompt does not fit into the context, or the
+    endpoint, may play in the policy's place; its turns are cut at `context` only. Raises PolicyError if a prompt does not fit into the context, or the
     context not into the model's sliding window, which the cache does not imitate.
     """
     user = user or partial(own_user, policy, parallel, turn_tokens)
     trajectories = begin(policy, episodes, user, generator)
     running = [t for t in trajectories if not t.over]
-    turns = (written_turns(model, policy, running) if model is not None else
+    if (longest := max((len(t.prompt) for t in running), default=0)) >= context:
+        raise PolicyError(f"a prompt of {longest:,} tokens leaves no room in --context {context:,}: raise it")
+    turns = (written_turns(policy, running, model, context) if model is not None else
              sampled_turns(policy, running, generator, temperature, parallel, turn_tokens, context))
     for ended in turns:
         take_steps(policy, [t for t in ended if not t.over], user, generator, context)
@@ -388,8 +397,6 @@ def sampled_turns(
     window = getattr(policy.model.config.get_text_config(), "sliding_window", None)
     if window and window < context:
         raise PolicyError(f"the model sees a sliding window of {window:,} tokens: lower --context to that")
-    if (longest := max((len(t.prompt) for t in trajectories), default=0)) >= context:
-        raise PolicyError(f"a prompt of {longest:,} tokens leaves no room in --context {context:,}: raise it")
     slots, queue = trajectories[:parallel], iter(trajectories[parallel:])  # the trajectory in each slot
     cache, ended = SlotCache(len(slots), context), []
     while slots:
@@ -525,7 +532,9 @@ def own_user(
     return [t.text for t in turns]
 
 
-def written_turns(model: Callable, policy: Policy, trajectories: list[Trajectory]) -> Iterator[list[Trajectory]]:
+def written_turns(
+    policy: Policy, trajectories: list[Trajectory], model: Callable, context: int
+) -> Iterator[list[Trajectory]]:
     """Let another model write the agent's turns; yield the trajectories with the texts, for the episodes to go on.
 
     Their tokens are those that the policy would have had to sample to write the same, with log-probabilities 0. An
@@ -539,9 +548,12 @@ def written_turns(model: Callable, policy: Policy, trajectories: list[Trajectory
                 t.end()
             else:
                 said = tokenizer(defuse(tokenizer, text), add_special_tokens=False).input_ids + end_of_turn
-                t.extend(said, True, [0.0] * len(said))
-                t.text = text
+                limit = context - len(t.tokens)
+                t.text = text if len(said) <= limit else turn_text(policy, said[:limit])
+                t.extend(said[:limit], True, [0.0] * len(said[:limit]))
         yield running
+    if trajectories and all(t.status == "model failed" for t in trajectories):
+        raise PolicyError("the other model failed in every episode: is its endpoint up?")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -750,7 +762,7 @@ def reinforce_step(
     (A = 0), on which no computation is spent: so the gradient does not depend on how they are split into micro-batches.
     With `importance_cap` C each token is weighed with min(p_trainer / p_sampler, C), for a sampler that computes other
     probabilities than the trainer (Yao et al. 2025). Returns the loss, the norm of the gradient before clipping to
-    `max_norm`, and mismatch_kl, the mean of log p_sampler - log p_trainer over the sampled tokens.
+    `max_norm`, and mismatch_kl, the mean of log p_sampler - log p_trainer over the tokens that were trained on, if any.
     """
     signal = [(t, a) for t, a in zip(trajectories, advantage.tolist()) if a != 0]
     total, mismatch, sampled = 0.0, 0.0, 0
@@ -773,7 +785,7 @@ def reinforce_step(
         sampled += int(agent.sum())
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), max_norm).item()
     optimizer.step()
-    return {"loss": total, "gradient_norm": norm, "mismatch_kl": mismatch / max(sampled, 1), "trained_tokens": sampled}
+    return {"loss": total, "gradient_norm": norm, "mismatch_kl": mismatch / sampled if sampled else None, "trained_tokens": sampled}
 
 
 def make_optimizer(policy: Policy, learning_rate: float) -> Optimizer:
@@ -828,6 +840,21 @@ def rollout_limits(options) -> dict:
     """The limits of a rollout among a run's options, and who plays the users."""
     user = endpoint_model(options.user_endpoint, options.user_model) if options.user_endpoint else None
     return {"parallel": options.parallel, "turn_tokens": options.turn_tokens, "context": options.context, "user": user}
+
+
+def prepare(options) -> None:
+    """Load the benchmarks that the options name; raises ValueError for one that cannot be used, or half an endpoint."""
+    for role in ("user", "teacher", "challenger"):
+        address, model = (getattr(options, f"{role}_{part}", None) for part in ("endpoint", "model"))
+        if bool(address) != bool(model):
+            raise ValueError(f"--{role}-endpoint and --{role}-model go together: give both, or none")
+    load_benchmarks(options.m3tooleval, options.tau_bench, options.any_version)
+
+
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """Write the adapter in peft's format, which `PeftModel` and --adapter load; raises PolicyError if it cannot be."""
+    with in_a_sentence(f"save the adapter to {str(folder)!r}", "is the disk full?"):
+        policy.model.save_pretrained(folder)
 
 
 def versions() -> dict[str, str]:
@@ -940,6 +967,8 @@ def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
     slot, half of a context being sampled; to train, a token costs 6 operations a weight (forward, forward again, and
     backward to the adapter, whose own gradient is small). The paper plays 800 tasks 15 times each (section 4).
     """
+    if not 0 < gpu_gb < math.inf:
+        raise PolicyError("--gpu-gb must be the memory of a GPU, such as 24")
     config, room = shape_of(name), gpu_gb * 2**30 * (1 - KEPT_FREE)
     row = "{:>8} {:>14} {:>12} {:>14} {:>13} {:>17} {:>18}".format
     lines = [f"{name}, LoRA of rank {rank}, on {gpu_gb:g} GB, of which {room / 2**30:.1f} GiB are used",
@@ -978,9 +1007,16 @@ def advice_on_memory(model: str) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------
 # the command line: training alone, on a file of tasks (for a second reading)
 
+def natural(text: str) -> int:
+    """Return the whole number from 0 to 2**32 that an option gives; argparse reports the ValueError for others."""
+    if not 0 <= (number := int(text)) <= 2**32:
+        raise ValueError
+    return number
+
+
 def positive(text: str) -> int:
-    """Return the whole number of at least 1 that an option gives; argparse reports the ValueError for others."""
-    if (number := int(text)) < 1:
+    """The same from 1 on."""
+    if (number := natural(text)) == 0:
         raise ValueError
     return number
 
@@ -989,8 +1025,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of loading, rollouts and training; their defaults are those of the embedded model."""
     add = parser.add_argument
     add("--model", default="tiny", help="a model folder or a hub name")
-    add("--seed", type=int, default=0, help="determines everything that is random")
-    add("--steps", type=int, default=20, help="gradient steps")
+    add("--seed", type=natural, default=0, help="determines everything that is random")
+    add("--steps", type=natural, default=20, help="gradient steps")
     add("--tasks-per-step", type=positive, default=16, help="tasks of a step")
     add("--rollouts", type=positive, default=8, help="K, the rollouts of each task in a step")
     add("--baseline", default="leave-one-out", choices=["leave-one-out", "none"], help="none: rejection fine-tuning")
@@ -1018,7 +1054,7 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
 def main() -> int:
     """Train on the tasks of a file; return the exit status."""
     parser = argparse.ArgumentParser(
-        description="Train a policy on a file of tasks.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description="Train a policy on a file of tasks.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--tasks", type=Path, help="task lines, such as runs/<name>/tasks.jsonl")
     add("--fit", metavar="MODEL", help="only say which context and how many episodes of a model fit on a GPU")
@@ -1034,18 +1070,19 @@ def main() -> int:
             return
         if not options.tasks:
             raise PolicyError("give --tasks FILE to train on, or --fit MODEL to see what fits on a GPU")
-        load_benchmarks(options.m3tooleval, options.tau_bench, options.any_version)
+        prepare(options)
         tasks = list(read_tasks(options.tasks))
-        with advice_on_memory(options.model):
-            policy = load_policy(options.model, rank=options.rank, seed=options.seed)
-        out.mkdir(parents=True)
-        optimizer = make_optimizer(policy, options.learning_rate)
+        if out.exists():
+            raise PolicyError(f"{out} exists already: choose another --out, so that nothing is overwritten")
         with Jail(allow_weak=options.allow_weak_jail) as jail, advice_on_memory(options.model):
             print(jail.describe())
+            policy = load_policy(options.model, rank=options.rank, seed=options.seed)
+            optimizer = make_optimizer(policy, options.learning_rate)
             for metrics, episodes in train(policy, optimizer, jail, tasks, options):
+                out.mkdir(parents=True, exist_ok=True)  # only now is there something to keep
                 append_lines(out / "metrics.jsonl", [metrics])
                 append_lines(out / "trajectories.jsonl", episodes)
-                policy.model.save_pretrained(out / "adapter")
+                save_adapter(policy, out / "adapter")
         print(f"adapter: {out / 'adapter'}")
 
     return guarded("rl.py", work, lambda: f"what is finished is in {out}" if out.exists() else "nothing was begun")

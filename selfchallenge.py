@@ -21,20 +21,27 @@ import json
 import os
 import pickle
 import re
+import shlex
+import signal
 import sys
 import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
+if __name__ == "__main__":  # for as long as the libraries are loaded, which takes seconds
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; nothing was begun"))
 
-from eval import SUITES, BenchmarkTask, continued, evaluate_policy, format_table, load_suite, setting_of, write_report
-from rl import (Episode, Policy, add_training_options, advice_on_memory, append_lines, load_policy, make_optimizer,
-                positive, record, rollout, rollout_limits, seeded, train, versions)
-from tools import ENVIRONMENTS, Environment, endpoint_model, load_benchmarks, make_environment
-from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from eval import BenchmarkTask, SUITES, continued, evaluate_policy, format_table, load_suite  # noqa: E402
+from eval import setting_of, write_report  # noqa: E402
+from rl import Episode, Policy, add_training_options, advice_on_memory, append_lines, load_policy  # noqa: E402
+from rl import make_optimizer, positive, prepare, record, rollout, rollout_limits, save_adapter  # noqa: E402
+from rl import seeded, train, versions  # noqa: E402
+from tools import ENVIRONMENTS, Environment, endpoint_model, make_environment  # noqa: E402
+from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task  # noqa: E402
 
 REJECTED_AT = ["parse", "runs", "solution", "failures", "held-out", "duplicate"]
 
@@ -242,7 +249,8 @@ class HeldOut:
 
     def __init__(self, tasks: list[CodeAsTask | BenchmarkTask]):
         self.tasks = tasks
-        self.parameters = [words(t.instruction) if isinstance(t, BenchmarkTask) else parameters(t) for t in tasks]
+        of_tasks = [isinstance(task, CodeAsTask) and parameters(task) or words(task.instruction) for task in tasks]
+        self.parameters = [of_task for of_task in of_tasks if of_task]
 
     def leaks(self, instruction: str) -> bool:
         """Whether an instruction names everything that some held-out task is about, in whatever words."""
@@ -252,7 +260,7 @@ class HeldOut:
 
 def words(text: str) -> set[str]:
     """The words, in lower case, and the numbers of a text."""
-    return set(re.findall(r"[a-z]+|\d+", text.lower()))
+    return set(re.findall(r"[^\W\d_]+|\d+", text.lower()))
 
 
 def parameters(task: CodeAsTask) -> set[str]:
@@ -357,7 +365,7 @@ def peak_memory() -> int:
 
 def play_run(folder: Path, options: argparse.Namespace) -> dict:
     """Play what the run in a folder has not finished yet; return the summary, which is also written there."""
-    load_benchmarks(options.m3tooleval, options.tau_bench, options.any_version)
+    prepare(options)
     suites = {name: load_suite(name, options.airline) for name in options.env}
     held_out = HeldOut([task for name in {*SUITES, *suites} for task in load_suite(name, options.airline)])
     with advice_on_memory(options.model), Jail(allow_weak=options.allow_weak_jail) as jail:
@@ -376,7 +384,7 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
             append_lines(folder / "trajectories.jsonl", episodes)
             run.progress["steps"] += 1
             run.save("train")
-        policy.model.save_pretrained(folder / "adapter")
+        save_adapter(policy, folder / "adapter")
         measure("after", suites, jail, run, options)
     memory = run.progress["memory_bytes"]
     summary = {
@@ -418,7 +426,7 @@ def challenge(jail: Jail, held_out: HeldOut, run: Run, options: argparse.Namespa
 
     With options.challenger_endpoint the model there writes them. Each last submission goes to tasks.jsonl, or to
     rejected.jsonl with the stage and the reason. With options.filter off, every task that can be read is kept, whatever
-    the filter says, and nothing is revised: the paper's ablation.
+    the filter says, unless it is a held-out one or a duplicate, and nothing is revised: the paper's ablation.
     """
     model, begun, total = None, run.progress["challenges"], options.challenges
     if options.challenger_endpoint:
@@ -480,7 +488,7 @@ def sort_out(episode: Challenger, known: list[tuple[str, set[str]]], held_out: H
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options on the command line or, with --resume, the run's own. Raises ValueError if there is none."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--env", nargs="+", default=list(SUITES), choices=list(ENVIRONMENTS), metavar="NAME",
         help="environments to train and be measured on")
@@ -489,7 +497,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "only --parallel and --micro-batch-tokens can be given anew")
     add("--challenges", type=int, default=384, help="attempts of the challenger")
     add("--revisions", type=int, default=1, help="how often a rejected task may be mended")
-    add("--no-filter", dest="filter", action="store_false", help="train on all that can be read (the paper's ablation)")
+    add("--filter", action=argparse.BooleanOptionalAction, default=True, help="keep sound tasks only; --no-filter, the "
+        "paper's ablation, keeps all that can be read and are no duplicates or held-out ones")
     add("--joint", action=argparse.BooleanOptionalAction, default=True,
         help="one adapter for all environments, or one run for each")
     add("--airline", default="paper", choices=["paper", "all"], help="the paper's 30 tasks for Airline, or all 50")
@@ -500,15 +509,19 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.resume is not None:
         try:
-            own = json.loads((options.resume / "config.json").read_text())
-        except (OSError, ValueError):
+            own = dict(json.loads((options.resume / "config.json").read_text()))
+        except (OSError, ValueError, TypeError):
             raise ValueError(f"there is no run to resume in {options.resume}: it has no readable config.json") from None
         parser.set_defaults(**own)
-        given = parser.parse_args(arguments)
-        anew = {name: getattr(given, name) for name in ("parallel", "micro_batch_tokens")}  # what takes memory
-        options = argparse.Namespace(**vars(given) | own | anew)
+        given = vars(parser.parse_args(arguments))
+        changed = [name for name, value in own.items() if given.get(name, value) != value]
+        if not {"parallel", "micro_batch_tokens"}.issuperset(changed):  # what takes memory
+            raise ValueError(f"{options.resume} goes on with its own options, of which only --parallel and "
+                             f"--micro-batch-tokens can be given anew, not {', '.join(changed)}")
+        options = argparse.Namespace(**own | given)
     if options.baseline == "leave-one-out" and options.rollouts < 2:
         parser.error("the leave-one-out baseline needs at least two --rollouts of each task")
+    options.env = list(dict.fromkeys(options.env))
     return options
 
 
@@ -553,7 +566,8 @@ def main() -> int:
         if not begun:
             return "nothing was begun"
         others = " ".join(part.env[0] for part in parts[len(begun):])
-        hint = f"every finished step is saved; continue with: python selfchallenge.py --resume {begun[-1]}"
+        hint = "every finished step is saved; continue with: python selfchallenge.py --resume " + shlex.quote(
+            str(begun[-1]))
         return hint + (f" (and then begin the others: --no-joint --env {others})" if others else "")
 
     return guarded("selfchallenge.py", work, how_to_go_on)

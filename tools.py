@@ -37,8 +37,8 @@ import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any, Callable
+from types import ModuleType, SimpleNamespace, UnionType
+from typing import Any, Callable, get_args, get_origin
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -105,8 +105,8 @@ class Environment:
     def call(self, name: str, arguments: list, keywords: dict) -> Any:
         """Execute one tool call that arrived as data; return the tool's result, which is data too.
 
-        Raises ToolError, never anything else, if there is no such tool, if the arguments do not fit
-        its signature, or if the tool refuses: all three are the model's mistakes, not the program's.
+        Raises ToolError if there is no such tool, if the arguments do not fit its signature, or if the tool refuses:
+        all three are the model's mistakes. What else a tool raises is a mistake of the world, and not hidden.
         """
         function = self.tools.get(name) if isinstance(name, str) else None
         if function is None:
@@ -118,11 +118,21 @@ class Environment:
             raise ToolError(f"{name}: {error}") from None
         for parameter, value in list(bound.arguments.items())[1:]:
             expected = signature.parameters[parameter].annotation
-            fits = isinstance(value, expected) and (expected is bool or type(value) is not bool)  # True is no number
-            if expected is not inspect.Parameter.empty and not fits:
+            if expected is not inspect.Parameter.empty and not fits(value, expected):
                 wanted = getattr(expected, "__name__", expected)
                 raise ToolError(f"{name}: {parameter} must be {wanted}, not {type(value).__name__}")
         return function(*bound.args, **bound.kwargs)
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value has an annotated type: True is no number, 3 is a float too, of list[str] only list counts."""
+    if isinstance(annotation, UnionType):
+        return any(fits(value, part) for part in get_args(annotation))
+    kind = get_origin(annotation) or annotation
+    if not isinstance(kind, type):
+        return True  # such as Any, or Literal
+    accepted = (int, float) if kind is float else kind
+    return isinstance(value, accepted) and (kind in (bool, object) or type(value) is not bool)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -757,10 +767,8 @@ def endpoint_model(url: str, model: str, tries: int = 4, wait: float = 1.0) -> C
     """Return a model behind an OpenAI-compatible address: a function from conversations to its next messages.
 
     The key is taken from the environment (OPENAI_API_KEY) and goes nowhere else. A conversation whose request fails
-    `tries` times, after waits of `wait` seconds that double, gets None. Raises ValueError if the model has no name.
+    `tries` times, after waits of `wait` seconds that double, gets None.
     """
-    if not model:
-        raise ValueError(f"name the model at {url} too, with the option beside the endpoint's, such as --user-model")
     from huggingface_hub import InferenceClient  # here, because only this needs it
     client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=120)
 
@@ -772,7 +780,7 @@ def endpoint_model(url: str, model: str, tries: int = 4, wait: float = 1.0) -> C
             except Exception as error:  # of the network, of the server, or of what it answers: all may pass
                 problem = type(error).__name__  # the text of the error may show the key
                 time.sleep(wait * 2**attempt)
-        print(f"the endpoint failed {tries} times: {problem}", file=sys.stderr)
+        print(f"{url} failed {tries} times: {problem}", file=sys.stderr)
         return None
 
     def reply(conversations: list[list[dict]], generator: Any = None) -> list[str | None]:

@@ -93,7 +93,8 @@ class CodeAsTask:
         if len(line) > LINE_BYTES:
             raise TaskError("parse", f"the line is longer than {LINE_BYTES:,} bytes")
         try:
-            data = json.loads(line)
+            if not isinstance(data := json.loads(line.strip()), dict):
+                raise TypeError(f"it is of the type {type(data).__name__}")
             task = cls(**{name: data[name] for name in cls.__annotations__})
         except KeyError as missing:
             raise TaskError("parse", f"the line lacks {missing}") from None
@@ -910,13 +911,15 @@ def read_lines(path: str) -> Iterator[str]:
 def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int:
     """Do the work of a command; return its exit status. What a user can cause gets one sentence, with a hint."""
     status, problem = 0, None
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the libraries are loaded
     try:
         work()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         status = 1
     except OSError as error:
-        status, problem = 2, f"{error.strerror or error}: {error.filename or 'what it writes'}; {hint()}"
+        where = f": {error.filename}" if error.filename else ""
+        status, problem = 2, f"{error.strerror or error}{where}; {hint()}"
     except (JailError, ValueError) as error:
         status, problem = 2, str(error)
     except MemoryError as error:
@@ -943,7 +946,8 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     """Judge the tasks of a file; return the exit status."""
-    parser = argparse.ArgumentParser(description="Judge the tasks in a file: a JSON verdict a line, in its order.")
+    parser = argparse.ArgumentParser(allow_abbrev=False,
+                                     description="Judge the tasks in a file: a JSON verdict a line, in its order.")
     parser.add_argument("file", help="a file with a task on each line, such as runs/<name>/tasks.jsonl")
     parser.add_argument("--allow-weak-jail", action="store_true", help="run the code even where it cannot be confined")
     add_benchmark_options(parser)

@@ -308,8 +308,11 @@ def test_a_resumed_run_may_be_given_less_memory_and_nothing_else(whole):
     own = json.loads((whole / "config.json").read_text())
     as_it_was = {**own, "resume": whole, "name": None}
     assert vars(parse_options(["--resume", str(whole)])) == as_it_was
-    assert vars(parse_options(["--resume", str(whole), "--parallel", "3", "--seed", "9"])) == {**as_it_was, "parallel": 3}
-    assert own["seed"] != 9 and own["parallel"] == 12
+    assert vars(parse_options(["--resume", str(whole), "--parallel", "3"])) == {**as_it_was, "parallel": 3}
+    assert own["parallel"] == 12 and own["filter"]
+    for other in (["--seed", "9"], ["--steps", "99"], ["--no-filter"]):
+        with pytest.raises(ValueError, match=f"only --parallel and --micro-batch-tokens.*not {other[0].removeprefix('--no').strip('-')}"):
+            parse_options(["--resume", str(whole), "--parallel", "3", *other])
 
 
 def test_a_finished_run_is_not_overwritten(whole, here):
@@ -343,7 +346,7 @@ def test_a_lost_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path, 
         (["--model", "./no/such-model"], "there is no model folder"),
         (["--resume", "nowhere"], "no run to resume"),
         (["--env", "chess"], "invalid choice"),
-        (["--steps", "many"], "invalid int"),
+        (["--steps", "many"], "invalid natural"),
         (["--parallel", "0"], "invalid positive value: '0'"),
         (["--trials", "0"], "invalid positive value: '0'"),
         (["--rollouts", "1"], "at least two"),
