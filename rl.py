@@ -339,8 +339,8 @@ def rollout(
 
     temperature 0 is greedy. A turn is cut after `turn_tokens` and at `context` tokens, where the episode ends. `user`
     speaks for the users of conversations; without one, the policy's base does. Another `model`, such as one behind an
-    endpoint, may play in the policy's place; its turns are cut at `context` only. Raises PolicyError if a prompt does not fit into the context, or the
-    context not into the model's sliding window, which the cache does not imitate.
+    endpoint, may play in the policy's place; its turns are cut at `context` only. Raises PolicyError if a prompt does
+    not fit into the context, or the context not into the model's sliding window, which the cache does not imitate.
     """
     user = user or partial(own_user, policy, parallel, turn_tokens)
     trajectories = begin(policy, episodes, user, generator)
@@ -785,7 +785,8 @@ def reinforce_step(
         sampled += int(agent.sum())
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), max_norm).item()
     optimizer.step()
-    return {"loss": total, "gradient_norm": norm, "mismatch_kl": mismatch / sampled if sampled else None, "trained_tokens": sampled}
+    mismatch_kl = mismatch / sampled if sampled else None
+    return {"loss": total, "gradient_norm": norm, "mismatch_kl": mismatch_kl, "trained_tokens": sampled}
 
 
 def make_optimizer(policy: Policy, learning_rate: float) -> Optimizer:
@@ -1054,7 +1055,8 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
 def main() -> int:
     """Train on the tasks of a file; return the exit status."""
     parser = argparse.ArgumentParser(
-        description="Train a policy on a file of tasks.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description="Train a policy on a file of tasks.", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--tasks", type=Path, help="task lines, such as runs/<name>/tasks.jsonl")
     add("--fit", metavar="MODEL", help="only say which context and how many episodes of a model fit on a GPU")

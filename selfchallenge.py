@@ -1,4 +1,4 @@
-"""The whole loop: a model challenges itself, a filter keeps the sound tasks, the model trains on them, and is measured.
+"""The whole loop: a model writes tasks, a filter keeps some of them, the model trains on these, and is measured.
 
     python selfchallenge.py                     (the embedded model on two toy environments, minutes on a laptop)
 
@@ -497,8 +497,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "only --parallel and --micro-batch-tokens can be given anew")
     add("--challenges", type=int, default=384, help="attempts of the challenger")
     add("--revisions", type=int, default=1, help="how often a rejected task may be mended")
-    add("--filter", action=argparse.BooleanOptionalAction, default=True, help="keep sound tasks only; --no-filter, the "
-        "paper's ablation, keeps all that can be read and are no duplicates or held-out ones")
+    add("--filter", action=argparse.BooleanOptionalAction, default=True, help="keep tasks that agree with themselves; "
+        "--no-filter, the paper's ablation, keeps all that can be read, save duplicates and held-out ones")
     add("--joint", action=argparse.BooleanOptionalAction, default=True,
         help="one adapter for all environments, or one run for each")
     add("--airline", default="paper", choices=["paper", "all"], help="the paper's 30 tasks for Airline, or all 50")
@@ -509,7 +509,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.resume is not None:
         try:
-            own = dict(json.loads((options.resume / "config.json").read_text()))
+            own = {**json.loads((options.resume / "config.json").read_text())}
         except (OSError, ValueError, TypeError):
             raise ValueError(f"there is no run to resume in {options.resume}: it has no readable config.json") from None
         parser.set_defaults(**own)

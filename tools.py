@@ -129,8 +129,8 @@ def fits(value: Any, annotation: Any) -> bool:
     if isinstance(annotation, UnionType):
         return any(fits(value, part) for part in get_args(annotation))
     kind = get_origin(annotation) or annotation
-    if not isinstance(kind, type):
-        return True  # such as Any, or Literal
+    if kind is Any or not isinstance(kind, type):
+        return True  # such as Literal
     accepted = (int, float) if kind is float else kind
     return isinstance(value, accepted) and (kind in (bool, object) or type(value) is not bool)
 

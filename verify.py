@@ -650,7 +650,7 @@ class Session(contextlib.AbstractContextManager):
     def close(self) -> None:
         """End the child, if there is one, and begin with an empty past."""
         self.actions = 0  # that were begun
-        self.untold: list[tuple[bytes, bytes | None]] = []  # messages that a child still has to be told, and its replies
+        self.untold: list[tuple[bytes, bytes | None]] = []  # messages that the child still has to be told, its replies
         self.past = hashlib.sha256(b"%d\n" % self.server.seed)  # of the seed and all messages, for the jail's memory
         if self.channel is not None:
             self.channel.close()

@@ -2,7 +2,8 @@
 
     python tests/grade.py FOLDER...
 
-An exercise gets its points, which stand in COURSE.md, if all its tests pass. The scripts in a folder run as you:
+An exercise gets its points, which stand in COURSE.md, if all its tests pass. A folder that lacks a script is named and
+not graded, and the exit status is then 1. The scripts in a folder run as you:
 what you have not read, grade in a container.
 """
 import argparse
@@ -109,13 +110,17 @@ def main() -> int:
     folders = [folder.resolve() for folder in parser.parse_args().folders]
     try:
         worth, names = points(), [exercise.name for exercise in all_exercises()]
-        jobs = [(folder, name) for folder in folders for name in names]
+        missing = {folder: [script for script in SCRIPTS if not (folder / script).is_file()] for folder in folders}
+        jobs = [(folder, name) for folder in folders if not missing[folder] for name in names]
         played = dict(zip(jobs, in_parallel(play_student, jobs)))
     except (AssignmentError, OSError) as error:
         print(f"grade.py: {error}", file=sys.stderr)
         return 2
     for folder in folders:
         print(folder)
+        if missing[folder]:
+            print(f"  not graded, for it has no {', '.join(missing[folder])}")
+            continue
         total = 0
         for name in names:
             ends = list(played[folder, name].values())
@@ -123,7 +128,7 @@ def main() -> int:
             total += worth[name] * solved
             print(f"  {name:20} {worth[name] * solved:3} of {worth[name]:2} points, {ends.count('passed'):2} of {len(ends):2} tests passed")
         print(f"  {'in all':20} {total:3} of {sum(worth.values())} points")
-    return 0
+    return int(any(missing.values()))
 
 
 if __name__ == "__main__":

@@ -202,8 +202,10 @@ def test_a_copy_is_graded_by_the_teacher_s_tests(copy, tmp_path, monkeypatch, ca
     for script, text in scripts_with(answers).items():
         (folder / script).write_text(text)
     shutil.rmtree(folder / "tests")
-    monkeypatch.setattr(sys, "argv", ["grade.py", str(folder)])
-    assert grade_main() == 0
-    lines = capsys.readouterr().out.splitlines()
+    (tmp_path / "bob").mkdir()
+    monkeypatch.setattr(sys, "argv", ["grade.py", str(tmp_path / "bob"), str(folder)])
+    assert grade_main() == 1
+    bob, not_graded, *lines = capsys.readouterr().out.splitlines()
+    assert bob.endswith("bob") and "it has no" in not_graded and "rl.py" in not_graded
     assert {line.split()[0] for line in lines[1:-1] if line.split()[1] != "0"} == {"parse_step", "pass_at_k"}
     assert lines[-1].split()[:3] == ["in", "all", str(points()["parse_step"] + points()["pass_at_k"])]

@@ -6,6 +6,7 @@ import http.server
 import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -484,6 +485,46 @@ def test_another_model_plays_and_where_it_fails_the_episode_does_not_count(polic
     assert set(first.logprobs) == {0.0} and sum(first.mask) > sum(failed.mask) > 0
 
 
+def test_another_model_s_turn_is_cut_at_the_context(policy, jail):
+    context = len(prompt_tokens(policy.tokenizer, Executor(jail, TASK).messages)) + 40
+    (t,) = rollout(policy, [Executor(jail, TASK)], seeded(policy.device, 0), context=context, model=lambda _: ["ACTION: " + "x = 1\n" * 500])
+    assert len(t.tokens) == context and t.status == "out of context" and len(t.mask) == len(t.logprobs) == context
+
+
+def test_another_model_that_always_fails_is_one_sentence(policy, jail):
+    with pytest.raises(PolicyError, match="is its endpoint up"):
+        rollout(policy, [Executor(jail, TASK) for _ in range(2)], seeded(policy.device, 0), model=lambda asked: [None] * len(asked))
+
+
+def training_options(**others):
+    return SimpleNamespace(**dict(
+        baseline="leave-one-out", rollouts=2, steps=1, tasks_per_step=1, seed=0, micro_batch_tokens=8192, importance_cap=None, parallel=8,
+        turn_tokens=176, context=512, user_endpoint=None, teacher_endpoint=None, teacher_model=None) | others)
+
+
+def test_a_teacher_s_failures_are_learnt_as_well(jail, monkeypatch):
+    """The paper's distillation keeps all that the teacher did: cross-entropy, the mean over trajectories of -log pi."""
+    policy = load_policy("tiny", seed=0)
+    monkeypatch.setattr(rl, "endpoint_model", lambda *_: lambda asked: ["ANSWER: no idea END ANSWER"] * len(asked))
+    options = training_options(teacher_endpoint="there", teacher_model="t")
+    ((metrics, episodes),) = rl.train(policy, make_optimizer(policy, 1e-3), jail, [TASK], options)
+    turn = policy.tokenizer("ANSWER: no idea END ANSWER", add_special_tokens=False).input_ids
+    assert metrics["reward"] == 0 and metrics["trained_tokens"] == 2 * (len(turn) + 1) and metrics["loss"] > 0
+
+
+def test_every_step_draws_anew(jail):
+    policy = load_policy("tiny", seed=0)
+    steps = list(rl.train(policy, make_optimizer(policy, 0.0), jail, [TASK], training_options(steps=2)))
+    assert [[e["messages"] for e in episodes] for _, episodes in steps][0] != [e["messages"] for e in steps[1][1]]
+
+
+def test_the_temperature_that_sampled_is_the_one_that_trains(policy, jail):
+    trajectories = rollout(policy, [Executor(jail, TASK) for _ in range(4)], seeded(policy.device, 5), temperature=0.5)
+    mismatch = {temperature: fresh_gradient(policy, trajectories, torch.ones(4), temperature=temperature)[1]["mismatch_kl"]
+                for temperature in (0.5, 1.0)}
+    assert abs(mismatch[0.5]) < 1e-5 and abs(mismatch[1.0]) > 1e-3
+
+
 def test_a_model_with_a_sliding_window_keeps_to_it(policy, monkeypatch):
     monkeypatch.setattr(policy.model.config, "sliding_window", 64, raising=False)
     with pytest.raises(PolicyError, match="sliding window of 64 tokens"):
@@ -655,6 +696,30 @@ def test_a_missing_model_is_one_sentence(name, said):
         load_policy(name)
 
 
+def test_damaged_weights_are_one_sentence(tmp_path):
+    shutil.copytree(rl.HERE / "tiny", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    with pytest.raises(PolicyError, match="cannot load the model"):
+        load_policy(str(tmp_path / "model"))
+
+
+def test_a_folder_without_an_adapter_and_a_damaged_one_are_one_sentence(policy, tmp_path):
+    with pytest.raises(PolicyError, match="holds no adapter.*runs/NAME/adapter"):
+        load_policy("tiny", adapter=tmp_path)
+    rl.save_adapter(policy, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(PolicyError, match="cannot load the adapter"):
+        load_policy("tiny", adapter=tmp_path / "adapter")
+
+
+def test_training_alone_begins_no_folder_that_it_does_not_need_and_overwrites_none(tmp_path, capsys, monkeypatch):
+    (tmp_path / "none.jsonl").touch()
+    for arguments, said in [(["--out", str(tmp_path / "new")], "no tasks to train on"), (["--out", str(tmp_path)], "choose another --out")]:
+        monkeypatch.setattr("sys.argv", ["rl.py", "--tasks", str(tmp_path / "none.jsonl"), *arguments])
+        assert rl.main() == 2 and said in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 # ---------------------------------------------------------------------------------------------------
 # will it fit?
 
@@ -732,7 +797,10 @@ def test_fit_says_what_fits_or_that_nothing_does(capsys, monkeypatch):
         assert len(lines) == len(rl.CONTEXTS) and all(said in line for line in lines)
 
 
-@pytest.mark.parametrize("arguments, said", [(["--fit", "./no/such-model"], "cannot read the configuration"), ([], "--tasks FILE")])
+@pytest.mark.parametrize("arguments, said", [
+    (["--fit", "./no/such-model"], "cannot read the configuration"), ([], "--tasks FILE"),
+    (["--fit", "tiny", "--gpu-gb", "-3"], "such as 24"), (["--fit", "tiny", "--gpu-gb", "nan"], "such as 24"),
+    (["--tasks", "x", "--user-endpoint", "there"], "--user-endpoint and --user-model go together")])
 def test_fit_of_nothing_is_one_sentence(capsys, monkeypatch, arguments, said):
     monkeypatch.setattr("sys.argv", ["rl.py", *arguments])
     assert rl.main() == 2

@@ -191,6 +191,12 @@ def test_the_pretraining_corpus_gives_no_held_out_task_away(held_out):
     assert instructions > 250
 
 
+@pytest.mark.parametrize("instruction", ["Empty everything.", "取出一切"])
+def test_a_held_out_task_that_names_nothing_of_its_world_leaks_by_its_words_alone(instruction):
+    held_out = HeldOut([CodeAsTask("shop", 0, instruction, "e", "s", ["a", "b", "c"])])
+    assert held_out.leaks(instruction) and not held_out.leaks("Hugo wants to cancel the clock.")
+
+
 def test_a_corpus_would_leak_without_the_check(held_out):
     """The check has something to do: teachers left alone do hit held-out parameters."""
     sys.path.insert(0, str(ROOT / "tiny"))
@@ -320,6 +326,21 @@ def test_a_finished_run_is_not_overwritten(whole, here):
     assert status == 2 and "exists already" in errors
 
 
+def test_a_configuration_that_is_none_is_one_sentence(tmp_path, here):
+    (tmp_path / "config.json").write_text("[]")
+    status, errors = here("--resume", str(tmp_path), cwd=tmp_path)
+    assert status == 2 and "no run to resume" in errors
+
+
+@pytest.mark.parametrize("script", ["selfchallenge", "eval", "rl"])
+def test_an_interrupt_while_the_libraries_are_loaded_is_one_sentence(tmp_path, script):
+    """A stand-in for torch, which presses Ctrl-C when it is imported."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    result = subprocess.run([sys.executable, str(ROOT / f"{script}.py")], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                            env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 1 and result.stderr == "interrupted; nothing was begun\n"
+
+
 def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path, here):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
@@ -350,6 +371,9 @@ def test_a_lost_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path, 
         (["--parallel", "0"], "invalid positive value: '0'"),
         (["--trials", "0"], "invalid positive value: '0'"),
         (["--rollouts", "1"], "at least two"),
+        (["--seed", "1" + "0" * 20], "invalid natural"),
+        (["--no-filte"], "unrecognized arguments"),
+        (["--teacher-endpoint", "http://127.0.0.1:9"], "--teacher-endpoint and --teacher-model go together"),
     ],
 )
 def test_a_mistake_gets_one_sentence(tmp_path, here, arguments, said):

@@ -1,6 +1,7 @@
 """The environments: what their tools do, what they refuse, and that a call from data can raise nothing else."""
 import copy
 import json
+from typing import Any
 
 import pytest
 
@@ -139,6 +140,23 @@ def test_a_new_environment_needs_only_reset_and_tools():
     assert counter.documentation() == "increase(by: int = 1) -> int\n    Add to the count."
     assert counter.call("increase", [], {}) == 6 and counter.call("increase", [], {"by": 4}) == 10
     assert "not_a_tool" in refusal(counter, "not_a_tool")
+
+
+def test_annotations_say_what_a_tool_accepts_as_far_as_they_are_types():
+    class Scale(Environment):
+        def reset(self, seed):
+            self.state = {}
+
+        @tool
+        def weigh(self, names: list[str] = (), kilos: float = 0.5, note: str | None = None, anything: Any = None, exact: bool = True) -> int:
+            """Weigh."""
+            return 1
+
+    scale = Scale()
+    for accepted in [dict(names=["a"]), dict(kilos=3), dict(kilos=3.5), dict(note=None), dict(note="a"), dict(anything={}), dict(exact=False)]:
+        assert scale.call("weigh", [], accepted) == 1
+    for refused in [dict(names="a"), dict(kilos="3"), dict(kilos=True), dict(note=3), dict(exact=1)]:
+        assert f"{next(iter(refused))} must be" in refusal(scale, "weigh", **refused)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -481,7 +481,7 @@ def main() -> None:
     """Play the demonstrations, train tokenizer and model, save both as a Hugging Face model directory."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="determines corpus, initial weights and order")
-    parser.add_argument("--out", type=Path, default=ROOT / "tiny", help="folder for the model")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model; what is there is overwritten")
     parser.add_argument("--episodes", type=int, default=9_000, help="number of demonstrations")
     parser.add_argument("--epochs", type=int, default=3, help="passes over them")
     options = parser.parse_args()
