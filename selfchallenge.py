@@ -249,8 +249,10 @@ class HeldOut:
 
     def __init__(self, tasks: list[CodeAsTask | BenchmarkTask]):
         self.tasks = tasks
-        of_tasks = [isinstance(task, CodeAsTask) and parameters(task) or words(task.instruction) for task in tasks]
-        self.parameters = [of_task for of_task in of_tasks if of_task]
+        self.parameters = []
+        for task in tasks:
+            named = parameters(task) if isinstance(task, CodeAsTask) else set()
+            self.parameters.append(named or words(task.instruction))  # all words of one that names nothing of its world
 
     def leaks(self, instruction: str) -> bool:
         """Whether an instruction names everything that some held-out task is about, in whatever words."""
@@ -566,8 +568,8 @@ def main() -> int:
         if not begun:
             return "nothing was begun"
         others = " ".join(part.env[0] for part in parts[len(begun):])
-        hint = "every finished step is saved; continue with: python selfchallenge.py --resume " + shlex.quote(
-            str(begun[-1]))
+        folder = shlex.quote(str(begun[-1]))
+        hint = f"every finished step is saved; continue with: python selfchallenge.py --resume {folder}"
         return hint + (f" (and then begin the others: --no-joint --env {others})" if others else "")
 
     return guarded("selfchallenge.py", work, how_to_go_on)
