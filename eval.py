@@ -49,8 +49,8 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from rl import (  # noqa: E402
-    Policy, add_rollout_options, advice_on_memory, append_lines, executor, load_policy, natural, prepare, read_tasks,
-    record, rollout, rollout_limits, seeded, versions,
+    Policy, add_rollout_options, advice_on_memory, append_lines, executor, load_policy, natural, positive, prepare,
+    read_tasks, record, rollout, rollout_limits, seeded, versions,
 )
 from tools import ENVIRONMENTS, BenchmarkEnvironment, Environment, make_environment  # noqa: E402
 from verify import CodeAsTask, FormatError, Jail, Verdict, evaluate, guarded, parse_step  # noqa: E402
@@ -303,18 +303,23 @@ def format_table(before: dict[str, dict], after: dict[str, dict] | None = None) 
 
 
 def grouped(runs: list[dict]) -> dict[str, list[dict]]:
-    """Return {label: runs}: runs that differ in their seed only, labelled by the options in which any two differ.
-
-    An option that an older run's config.json lacks counts as None.
-    """
+    """Return {label: runs}: runs that differ in their seed only, labelled by the options in which any two differ."""
     configs = [run["config"] for run in runs if run["config"]]
     names = dict.fromkeys(name for config in configs for name in config if name != "seed")
     differing = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
     groups: dict[str, list[dict]] = {}
     for run in runs:
-        label = ", ".join(f"{name} = {run['config'].get(name)}" for name in differing) or "all runs"
+        label = " ".join(as_option(name, run["config"].get(name)) for name in differing) or "all runs"
         groups.setdefault(label if run["config"] else "without config.json", []).append(run)
     return groups
+
+
+def as_option(name: str, value: object) -> str:
+    """Return an option as the command line has it; one that was not given, or that an old run lacks, as "no --name"."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"no --{option}" if value is None else f"--{option} {value}"
 
 
 def mean_of(results: list[dict]) -> dict:
@@ -680,8 +685,6 @@ $options
 
 def measure(arguments: argparse.Namespace) -> dict[str, dict]:
     """Return {suite: numbers} of the policy that the command line asks for, each with the "setting" of `setting_of`."""
-    if arguments.trials < 1:
-        raise ValueError("--trials must be at least 1")
     prepare(arguments)
     suites = {name: load_suite(name, arguments.airline) for name in arguments.suite}  # a wrong name is noticed first
     setting = setting_of(arguments)
@@ -735,7 +738,7 @@ def main() -> int:
     add("--suite", nargs="+", default=list(SUITES), metavar="NAME", help=f"some of {', '.join(ENVIRONMENTS)}")
     add("--policy", default="tiny", help="a model folder or hub name, or a baseline: nothing or reference")
     add("--adapter", help="the folder of a trained adapter, such as runs/<name>/adapter")
-    add("--trials", type=int, default=4, help="sampled trials of each task; at least 4 for Pass@4")
+    add("--trials", type=positive, default=4, help="sampled trials of each task; at least 4 for Pass@4")
     add("--seed", type=natural, default=0, help="of the sampling")
     add("--airline", default="paper", choices=["paper", "all"], help="the paper's 30 tasks for Airline, or all 50")
     add("--episodes", type=Path, metavar="FILE",

@@ -686,7 +686,10 @@ def advantages(rewards: Tensor, baseline: str = "leave-one-out") -> Tensor:
 
 
 def signal_share(rewards: Tensor) -> float:
-    """Return the share of tasks in rewards [tasks, K] with both successes and failures; the others teach nothing."""
+    """Return the share of all tasks in rewards [tasks, K] with both a success, 1, and a failure, 0: only they teach.
+
+    NaN is the reward of a rollout that does not count, and is neither.
+    """
     ### BEGIN SOLUTION
     return ((rewards == 1).any(1) & (rewards == 0).any(1)).float().mean().item()
     ### END SOLUTION
@@ -985,10 +988,10 @@ def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
         times = [f"{step / 60:.1f} min", f"{12_000 * rollouts / 3600:.0f} h"]
         lines.append(row(f"{context:,}", f"{train / 2**30:.2f} GiB", most, f"{cache / 2**30:.2f} GiB", f"{parallel:,}",
                          *(times if parallel and train <= room else ["does not fit", "-"])))
-    lines.append(f"Weights: {memory['weights'] / 2**30:.2f} GiB. Give --context, --micro-batch-tokens of the same size,"
-                 " and at most so many --parallel as are side by side (fewer where the model itself plays users, who "
-                 f"need a cache as well). A step: {episodes} episodes (--tasks-per-step x --rollouts), at the speed "
-                 "that the data sheet of an RTX 3090 allows.")
+    weights = f"The weights take {memory['weights'] / 2**30:.2f} GiB."
+    lines += [f"{weights} Give --context, --micro-batch-tokens of the same size, and at most so many",
+              "--parallel as are side by side (half of them if the model itself plays users, too). A step:",
+              f"{episodes} episodes (--tasks-per-step x --rollouts), as fast as an RTX 3090 is by its data sheet."]
     return "\n".join(lines)
 
 
@@ -1009,16 +1012,16 @@ def advice_on_memory(model: str) -> Iterator[None]:
 # the command line: training alone, on a file of tasks (for a second reading)
 
 def natural(text: str) -> int:
-    """Return the whole number from 0 to 2**32 that an option gives; argparse reports the ValueError for others."""
-    if not 0 <= (number := int(text)) <= 2**32:
-        raise ValueError
-    return number
+    """Return the whole number that an option gives; argparse tells the user what it raises for anything else."""
+    if not text.isdecimal() or int(text) > 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 2**32")
+    return int(text)
 
 
 def positive(text: str) -> int:
     """The same from 1 on."""
     if (number := natural(text)) == 0:
-        raise ValueError
+        raise argparse.ArgumentTypeError("it must be at least 1")
     return number
 
 
@@ -1065,6 +1068,7 @@ def main() -> int:
     add_training_options(parser)
     options = parser.parse_args()
     out = options.out
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "fit", "gpu_gb")}
 
     def work() -> None:
         if options.fit:
@@ -1082,6 +1086,7 @@ def main() -> int:
             optimizer = make_optimizer(policy, options.learning_rate)
             for metrics, episodes in train(policy, optimizer, jail, tasks, options):
                 out.mkdir(parents=True, exist_ok=True)  # only now is there something to keep
+                (out / "config.json").write_text(json.dumps(settings, indent=1, default=str))
                 append_lines(out / "metrics.jsonl", [metrics])
                 append_lines(out / "trajectories.jsonl", episodes)
                 save_adapter(policy, out / "adapter")

@@ -38,7 +38,7 @@ from tqdm import tqdm  # noqa: E402
 from eval import BenchmarkTask, SUITES, continued, evaluate_policy, format_table, load_suite  # noqa: E402
 from eval import setting_of, write_report  # noqa: E402
 from rl import Episode, Policy, add_training_options, advice_on_memory, append_lines, load_policy  # noqa: E402
-from rl import make_optimizer, positive, prepare, record, rollout, rollout_limits, save_adapter  # noqa: E402
+from rl import make_optimizer, natural, positive, prepare, record, rollout, rollout_limits, save_adapter  # noqa: E402
 from rl import seeded, train, versions  # noqa: E402
 from tools import ENVIRONMENTS, Environment, endpoint_model, make_environment  # noqa: E402
 from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task  # noqa: E402
@@ -497,8 +497,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--name", help="the run's folder is runs/NAME; a free name is chosen otherwise")
     add("--resume", type=Path, metavar="RUN", help="continue the interrupted run in this folder, with its own options; "
         "only --parallel and --micro-batch-tokens can be given anew")
-    add("--challenges", type=int, default=384, help="attempts of the challenger")
-    add("--revisions", type=int, default=1, help="how often a rejected task may be mended")
+    add("--challenges", type=positive, default=384, help="attempts of the challenger")
+    add("--revisions", type=natural, default=1, help="how often a rejected task may be mended")
     add("--filter", action=argparse.BooleanOptionalAction, default=True, help="keep tasks that agree with themselves; "
         "--no-filter, the paper's ablation, keeps all that can be read, save duplicates and held-out ones")
     add("--joint", action=argparse.BooleanOptionalAction, default=True,

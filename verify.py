@@ -953,18 +953,19 @@ def main() -> int:
     add_benchmark_options(parser)
     options = parser.parse_args()
 
-    judged = 0
+    judged = kept = 0
 
     def work() -> None:
-        nonlocal judged
+        nonlocal judged, kept
         load_benchmarks(options.m3tooleval, options.tau_bench, options.any_version)
         with open(options.file, "rb"), Jail(allow_weak=options.allow_weak_jail) as jail:  # no file, no jail
             print(jail.describe(), file=sys.stderr)
             for judgement in tqdm(judge_many(jail, read_lines(options.file)), unit=" tasks", disable=None):
                 print(json.dumps(asdict(judgement)), flush=True)
-                judged += 1
+                judged, kept = judged + 1, kept + judgement.ok
+            print(f"{judged} lines were judged, and {kept} of these tasks would be kept", file=sys.stderr)
 
-    return guarded("verify.py", work, lambda: f"{judged} tasks were judged")
+    return guarded("verify.py", work, lambda: f"{judged} lines were judged")
 
 
 if __name__ == "__main__":

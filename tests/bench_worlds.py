@@ -4,6 +4,7 @@
 
 Both reset each of the 115 test tasks, take its reference actions, tell its outputs, and compute the reward.
 """
+import argparse
 import os
 import platform
 import sys
@@ -50,6 +51,9 @@ def resets(get_env) -> tuple[float, float]:
 
 def main() -> None:
     """Measure all three times, in turns, and print the best of each."""
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    if "TAU_BENCH" not in os.environ:
+        sys.exit("bench_worlds.py: give the path of a checkout of TauBench: TAU_BENCH=PATH python tests/bench_worlds.py")
     with the_benchmarks_own_package() as get_env:
         TauBench.load(os.environ["TAU_BENCH"])
         passes = []

@@ -5,6 +5,7 @@
 
 Runs that differ in their seed only are one group; an error is one standard error over its runs. Both suites count alike.
 """
+import argparse
 import sys
 from collections import Counter
 from html import escape
@@ -16,7 +17,7 @@ sys.path.insert(0, str(FOLDER.parent.parent))
 from eval import DRAWN, PHASES, SMALL_FILES, curves, grouped, line_chart, mean_of, read_run, survivors  # noqa: E402
 from verify import guarded  # noqa: E402
 
-NAMES = {"filter = True": "filtered", "filter = False": "not filtered (--no-filter)"}
+NAMES = {"--filter": "filtered", "--no-filter": "not filtered (--no-filter)"}
 METRICS = {"pass@1": "Pass@1 (sampled)", "greedy": "greedy", "pass@4": "Pass@4"}
 
 
@@ -94,4 +95,5 @@ def draw(runs: Path, out: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     sys.exit(guarded("figures.py", lambda: print(*draw(FOLDER / "runs", FOLDER), sep="\n"), lambda: "nothing was drawn"))

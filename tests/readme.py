@@ -7,6 +7,7 @@ What takes long is played in a smaller size, by options that are appended; the r
 that have to be downloaded give way to the embedded one, the benchmarks' checkouts to the tests' stand-ins. A command has to
 end well. Where the embedded model cannot do the work, it may also end with the sentence that no task survived the filter.
 """
+import argparse
 import os
 import re
 import shutil
@@ -87,8 +88,10 @@ def play(command: str, folder: Path) -> bool:
 
 def main() -> int:
     """Play all commands; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--count", action="store_true", help="only write the scripts' lines into the README's table")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if "--count" in sys.argv:
+    if parser.parse_args().count:
         (ROOT / "README.md").write_text(counted(readme), encoding="utf-8")
         return 0
     ends = [counted(readme) == readme]

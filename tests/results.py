@@ -29,7 +29,9 @@ def summary_of(model: str, seed: int, filtered: bool, keep: Path | None = None, 
     folder = Path("runs") / "results" / name
     if not (folder / "summary.json").exists():
         options = ["--model", model, "--seed", str(seed), "--name", f"results/{name}", *([] if filtered else ["--no-filter"]), *others]
-        subprocess.run([sys.executable, str(ROOT / "selfchallenge.py"), *options], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, str(ROOT / "selfchallenge.py"), *options]
+        if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            sys.exit(status)  # it has said why
     if keep is not None:
         (keep / name).mkdir(parents=True, exist_ok=True)
         for file in ("config.json", "summary.json", "metrics.jsonl"):

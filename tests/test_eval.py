@@ -346,12 +346,12 @@ def test_runs_are_grouped_by_the_options_in_which_they_differ(runs):
     read = [evaluation.read_run(run, evaluation.SMALL_FILES) for run in runs]
     groups = evaluation.grouped(read)
     assert {label: [Path(run["path"]).name for run in members] for label, members in groups.items()} == {
-        "filter = True": ["a", "b", "c"], "filter = False": ["d", "e", "f"]}
+        "--filter": ["a", "b", "c"], "--no-filter": ["d", "e", "f"]}
     assert list(evaluation.grouped(read[:3])) == ["all runs"]
     read[1]["config"]["cap"] = 2
-    assert list(evaluation.grouped(read[:3])) == ["cap = None", "cap = 2"]
+    assert list(evaluation.grouped(read[:3])) == ["no --cap", "--cap 2"]
     read[0]["config"] = {}
-    assert list(evaluation.grouped(read[:3])) == ["without config.json", "cap = 2", "cap = None"]
+    assert list(evaluation.grouped(read[:3])) == ["without config.json", "--cap 2", "no --cap"]
 
 
 def test_means_over_runs_by_hand():
@@ -373,12 +373,12 @@ def test_the_comparison_by_hand(runs):
     html = evaluation.write_report(*runs).read_text()
     rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", html)]
     names = re.findall("<i class='(.*?)'></i> (.*?)</span>", html)
-    assert names[:4] == [("c0 pale", "filter = True, before training"), ("c0", "filter = True, after training"),
-                         ("c1 pale", "filter = False, before training"), ("c1", "filter = False, after training")]
+    assert names[:4] == [("c0 pale", "--filter, before training"), ("c0", "--filter, after training"),
+                         ("c1 pale", "--no-filter, before training"), ("c1", "--no-filter, after training")]
     bars = re.findall("style='--length:(.*?);--error:(.*?)'><i class='(.*?)'></i><s></s></span><b>(.*?)</b>", html)
     assert bars[:4] == [("0.2", "0.0577", "c0 pale", "20.0 ± 5.8"), ("0.6", "0.0577", "c0", "60.0 ± 5.8"),
                         ("0.15", "0.05", "c1 pale", "15.0 ± 5.0"), ("0.45", "0.05", "c1", "45.0 ± 5.0")]
-    assert [str(runs[5]), "2", "filter = False", "not finished"] in rows
+    assert [str(runs[5]), "2", "--no-filter", "not finished"] in rows
     assert [html.count(f"<polyline class='{classes}'") for classes in ("c0 thin", "c0 thick", "c1 thin", "c1 thick")] == [6, 2, 2, 2]  # reward and signal
     assert "<h2>Transcripts" in html and (runs[0] / "report.html").exists() and not (runs[1] / "report.html").exists()
 
@@ -482,7 +482,6 @@ def test_the_script_answers_a_missing_model_with_one_sentence():
 
 @pytest.mark.parametrize("arguments, sentence", [
     (["--suite", "shop", "chess"], "unknown suite 'chess': choose from calculator, shop"),
-    (["--trials", "0"], "--trials must be at least 1"),
     (["--report", "nowhere"], "'nowhere' is not the folder of a run"),
 ])
 def test_a_users_mistake_gets_one_sentence(arguments, sentence, monkeypatch, capsys):

@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, Qwen2Config
 
 import rl
+from eval import write_report
 from live_memory import LiveMemory, random_policy, rollout_peak, shape_policy, training_peak
 from rl import (
     Episode,
@@ -718,6 +719,15 @@ def test_training_alone_begins_no_folder_that_it_does_not_need_and_overwrites_no
     for arguments, said in [(["--out", str(tmp_path / "new")], "no tasks to train on"), (["--out", str(tmp_path)], "choose another --out")]:
         monkeypatch.setattr("sys.argv", ["rl.py", "--tasks", str(tmp_path / "none.jsonl"), *arguments])
         assert rl.main() == 2 and said in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_training_alone_leaves_a_folder_that_the_report_can_read(tmp_path, monkeypatch, capsys):
+    arguments = ["--tasks", str(rl.HERE / "tiny" / "held_out_calculator.jsonl"), "--out", str(tmp_path / "run"), "--seed", "3",
+                 "--steps", "1", "--tasks-per-step", "2", "--rollouts", "2", "--allow-weak-jail"]
+    monkeypatch.setattr("sys.argv", ["rl.py", *arguments])
+    assert rl.main() == 0 and "adapter:" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "config.json", "metrics.jsonl", "trajectories.jsonl"]
+    assert "model tiny, seed 3" in write_report(tmp_path / "run").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------

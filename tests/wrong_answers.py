@@ -5,6 +5,7 @@
 Each is the text that stands in the place of a solution. Found another mistake in a solved copy? Add it here: if no test
 rejects it, the exercise needs one more.
 """
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -149,6 +150,7 @@ def play_all() -> dict[tuple[str, str], dict[str, str]]:
 
 def main() -> int:
     """Print how all answers ended; return 1 if one ended as it should not."""
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     surprises = 0
     for (name, answer), ends in play_all().items():
         failed = sum(end != "passed" for end in ends.values())
