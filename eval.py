@@ -7,7 +7,7 @@
 
 Like the paper (section 4) we report Pass@1 averaged over four trials, and Pass@4. Departures, and why:
 
-* every number has a standard error over tasks: with a few dozen tasks, several points are noise.
+* every metric of a policy has a standard error over tasks: with a few dozen tasks, several points are noise.
 * greedy decoding is measured too. Training sharpens a policy, which lifts the sampled Pass@1 even where
   nothing new was learnt; the most likely behaviour shows whether something was.
 * pass^4 of TauBench stands beside Pass@4: whether all four trials succeed, that is, whether one can rely on it.
@@ -97,7 +97,7 @@ def load_suite(name: str, airline: str = "paper") -> list[Task]:
     return tasks
 
 
-def judge_held_out(jail: Jail, task: Task, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
+def evaluate_held_out(jail: Jail, task: Task, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
     """Return the benchmark's own verdict, for which no code of a model runs, or that of the task's evaluation."""
     if isinstance(task, BenchmarkTask):
         return Verdict(environment.passes(task.number, answer))
@@ -182,7 +182,7 @@ def play_baseline(name: str, jail: Jail, task: Task) -> bool:
         if outcome.error is not None:
             return False
         answer = outcome.value
-    return judge_held_out(jail, task, environment, answer).passed
+    return evaluate_held_out(jail, task, environment, answer).passed
 
 
 def play_baselines(jail: Jail, tasks: list[Task]) -> dict[str, list[bool]]:
@@ -233,11 +233,11 @@ def play_wave(
     policy: Policy, jail: Jail, tasks: list, wave: list[tuple], generator: torch.Generator, label: str, **limits: Any
 ) -> list[dict]:
     """Play the episodes (greedy, task, trial) of a wave, all greedy or none, side by side; return their records."""
-    episodes = [executor(jail, tasks[number], judge_held_out) for _, number, _ in wave]
-    trajectories = rollout(policy, episodes, generator, 0.0 if wave[0][0] else 1.0, len(wave), **limits)
+    episodes = [executor(jail, tasks[number], evaluate_held_out) for _, number, _ in wave]
+    rollout(policy, episodes, generator, 0.0 if wave[0][0] else 1.0, len(wave), **limits)
     lines = []
-    for (greedy, number, trial), episode, trajectory in zip(wave, episodes, trajectories):
-        line = record(label, None, episode, trajectory) | {"greedy": greedy, "task": number, "trial": trial}
+    for (greedy, number, trial), episode in zip(wave, episodes):
+        line = record(label, None, episode) | {"greedy": greedy, "task": number, "trial": trial}
         if tolerantly := getattr(ENVIRONMENTS[episode.env], "passes_tolerantly", None):
             line["tolerant"] = float(tolerantly(tasks[number].number, episode.final))
         lines.append(line)
@@ -360,7 +360,7 @@ NORMAL = {  # what the learning curve's figures are, and what is normal for them
 def read_run(run: Path, names: Iterable[str] = RUN_FILES) -> dict[str, Any]:
     """Return {name without its ending: content} of a run's files, empty where one lacks, and the run's "path".
 
-    Raises ValueError if all lack, or one is damaged.
+    Raises ValueError if there is none, or if one is damaged.
     """
     if not any((run / name).exists() for name in RUN_FILES):
         raise ValueError(f"{str(run)!r} is not the folder of a run: it holds none of {', '.join(RUN_FILES)}")
@@ -394,7 +394,7 @@ def write_report(run: Path, *others: Path) -> Path:
 
 
 def page_parts(run: dict[str, Any], groups: dict[str, list[dict]]) -> dict[str, str]:
-    """Return what stands in the places of PAGE, as HTML: about a run, and of all groups the results and the curves."""
+    """Return {place in PAGE: HTML}: about a run, and of all groups the results and the curves."""
     config, summary, metrics, tasks = run["config"], run["summary"], run["metrics"], run["tasks"]
     seconds, state = summary.get("wall_s", {}), "not finished, or a run of rl.py alone: some sections are empty"
     if summary:
@@ -409,7 +409,7 @@ def page_parts(run: dict[str, Any], groups: dict[str, list[dict]]) -> dict[str, 
                 for title, values in [("options", config), ("versions", summary.get("versions", {}))]]
     return {
         "run": fill("<b>{}</b>: model {}, seed {}, {}", named),
-        "results": results(groups),
+        "results": results_section(groups),
         "funnel": bars(survivors(counts)),
         "rejections": rejections(run["rejected"]),
         "learning": learning(groups),
@@ -424,7 +424,7 @@ def page_parts(run: dict[str, Any], groups: dict[str, list[dict]]) -> dict[str, 
 
 
 def fill(pattern: str, *rows: Iterable[object]) -> str:
-    """Return a pattern of HTML for each row, its values in it as text. What a model wrote all comes here."""
+    """Return a pattern of HTML for each row, its values in it as text. All that a model wrote is escaped here."""
     texts = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
     return "".join(pattern.format(*map(escape, row)) for row in texts)
 
@@ -461,7 +461,7 @@ def legend(entries: Iterable[tuple[str, str]]) -> str:
     return "<p class=legend>" + fill("<span><i class='{}'></i> {}</span> ", *entries) + "</p>"
 
 
-def results(groups: dict[str, list[dict]]) -> str:
+def results_section(groups: dict[str, list[dict]]) -> str:
     """The results before and after training: bars for each group, of means over its runs, and a table of each run."""
     series, rows = [], []
     for place, (label, runs) in enumerate(groups.items()):

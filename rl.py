@@ -68,10 +68,7 @@ from verify import evaluate, guarded, observation, parse_step, read_lines  # noq
 transformers_logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 MAX_STEPS = 15  # the paper's limit for the executor (section 4)
-FEED_COLUMNS = 8192  # rows x columns of the cache in a pass that fills it: attention may copy them
-FEED_TOKENS = 1024  # rows x new tokens in such a pass
 CHUNK_TOKENS = 512  # whose logits exist at once in training
-CONTEXTS = (2048, 4096, 8192, 16_192)  # of which --fit speaks; the last is the paper's
 User = Callable[[list[list[dict]], Generator], list[str | None]]  # from conversations to the users' next messages
 
 
@@ -179,7 +176,7 @@ def defuse(tokenizer, text: str) -> str:
 
 
 def prompt_tokens(tokenizer, messages: list[dict], after: str = "") -> list[int]:
-    """Return the token ids of the messages (`after` some text in them), up to where the agent's next turn begins."""
+    """Return the token ids of the messages, from behind the text `after`, up to where the agent's next turn begins."""
     messages = [{**message, "content": defuse(tokenizer, message["content"])} for message in messages]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(text[text.index(after) + len(after):], add_special_tokens=False).input_ids
@@ -239,7 +236,7 @@ class Episode:
         except FormatError as reminder:
             reply = str(reminder)
         if reply is None or self.steps < self.max_steps:
-            return reply and f"Observation:\n{reply}"
+            return reply and f"Observation:\n{reply}"  # "": none yet, for a user is to speak first (SupportAgent)
         self.status, self.asks = "out of steps", False
         return None
 
@@ -274,25 +271,25 @@ Tools:
 class Executor(Episode):
     """The executor's episode: it gets a task's instruction, acts, answers, and is rewarded with 0 or 1.
 
-    That is the verdict of `judge` (the task's own, or a benchmark's) on the state that is left, and on the answer.
+    That is the verdict of `evaluator` (the task's own `evaluate`, or a benchmark's) on the state and the answer.
     """
 
     max_steps = MAX_STEPS
     when, answer_is = "the task is done", "the final answer alone, or the word done"
 
-    def __init__(self, jail: Jail, task: Any, judge: Callable[..., Verdict] = evaluate):
+    def __init__(self, jail: Jail, task: Any, evaluator: Callable[..., Verdict] = evaluate):
         super().__init__(jail, task.env, task.seed)
-        self.task, self.judge, self.final = task, judge, None  # the final answer
+        self.task, self.evaluator, self.final = task, evaluator, None  # the final answer
         prompt = EXECUTOR_PROMPT.format(
             env=task.env, summary=self.environment.summary, documentation=self.environment.documentation(),
             when=self.when, answer=self.answer_is, steps=MAX_STEPS)
         self.messages = [{"role": "system", "content": prompt}, {"role": "user", "content": task.instruction}]
 
     def answer(self, content: Any) -> None:
-        """Judge the final answer and the state; the episode ends."""
+        """Evaluate the final answer and the state; the episode ends."""
         self.close()  # first, so that nothing of the executor's code still runs while it is judged
         self.final = content
-        verdict = self.judge(self.jail, self.task, self.environment, content, replica=self.seed)
+        verdict = self.evaluator(self.jail, self.task, self.environment, content, replica=self.seed)
         self.reward, self.status = float(verdict.passed), "answered"
 
 
@@ -304,8 +301,6 @@ class Trajectory:
     mask: list[bool]  # True where the agent sampled the token: only these carry loss
     logprobs: list[float]  # the sampler's log-probability of each sampled token, 0 elsewhere
     episode: Episode | None = None
-    reward: float = 0.0  # of the episode, when it is over
-    status: str = ""  # the same
     over: bool = False
     prompt: tuple[int, ...] = ()  # the tokens of the opening, which the rollouts of a task share
     turn: int = 0  # where in the tokens the agent's turn begins
@@ -321,9 +316,9 @@ class Trajectory:
         ### END SOLUTION
 
     def end(self) -> None:
-        """Close the episode, and note how it ended."""
+        """Close the episode."""
+        self.over = True
         self.episode.close()
-        self.reward, self.status, self.over = self.episode.reward, self.episode.status, True
         self.episode.environment = None  # a database may have megabytes
 
 
@@ -376,13 +371,6 @@ def opened(policy: Policy, messages: list[dict], episode: Episode | None = None)
     return Trajectory(prompt, [False] * size, [0.0] * size, episode, prompt=tuple(prompt), turn=size)
 
 
-def hear_users(episodes: list[Episode], user: User, generator: Generator) -> dict[Episode, str | None]:
-    """Let the users speak whom episodes ask, all at once; return what these episodes observe, None at their end."""
-    asking = [episode for episode in episodes if episode.asks]
-    messages = user([episode.conversation for episode in asking], generator) if asking else []
-    return {episode: episode.hear(message) for episode, message in zip(asking, messages)}
-
-
 @torch.inference_mode()
 def sampled_turns(
     policy: Policy, trajectories: list[Trajectory], generator: Generator, temperature: float, parallel: int,
@@ -392,7 +380,7 @@ def sampled_turns(
 
     Each has a slot of the KV cache from its first turn to its last. All slots sample a token in one pass of the
     network, until half have ended their turns. The code of these then runs side by side while the network rests, so
-    none waits for the slowest, and what happens never depends on how fast code was. What is over makes room for others.
+    none waits for the longest turn, and nothing depends on how fast code was. What is over makes room for others.
     """
     window = getattr(policy.model.config.get_text_config(), "sliding_window", None)
     if window and window < context:
@@ -400,8 +388,8 @@ def sampled_turns(
     slots, queue = trajectories[:parallel], iter(trajectories[parallel:])  # the trajectory in each slot
     cache, ended = SlotCache(len(slots), context), []
     while slots:
-        fill(policy, cache, slots)
-        last = [t.tokens[-1:] for t in slots]  # of a turn that has ended, too: once more, and in vain
+        feed(policy, cache, slots)
+        last = [t.tokens[-1:] for t in slots]  # also of turns that have ended, whose result is not used
         logits = advance(policy, cache, range(len(slots)), last, [t.fed for t in slots])
         sampled = torch.stack(sample_tokens(logits, generator, temperature)).tolist()  # here alone a GPU is waited for
         if any(map(math.isnan, sampled[1])):
@@ -425,8 +413,8 @@ def sample_tokens(logits: Tensor, generator: Generator, temperature: float) -> t
     """Draw a token from each row of `logits` [rows, vocabulary]; return tokens and log-probabilities, both [rows].
 
     These are of the distribution that was sampled, logits / temperature with no top-k or top-p cut, so that the
-    trainer can compute the same number. temperature 0 takes the most likely token. Of exponential variables with the
-    rates p the first to come is i with probability p_i: so torch.multinomial draws, too, but it waits for a GPU.
+    trainer can compute the same number. temperature 0 takes the most likely token. Of exponential variables with rates
+    p, number i is the smallest with probability p_i; torch.multinomial draws in the same way, but waits for the GPU.
     """
     logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
     if temperature == 0:
@@ -483,8 +471,8 @@ class SupportAgent(Executor):
     when = "you want to say something to the customer"
     answer_is = "your message; when all is settled, the customer ends it"
 
-    def __init__(self, jail: Jail, task: Any, judge: Callable[..., Verdict] = evaluate):
-        super().__init__(jail, task, judge)
+    def __init__(self, jail: Jail, task: Any, evaluator: Callable[..., Verdict] = evaluate):
+        super().__init__(jail, task, evaluator)
         del self.messages[1]  # the instruction
         self.conversation, self.said, self.asks = open_conversation(task.instruction), [], True
 
@@ -510,19 +498,26 @@ class SupportAgent(Executor):
         return self.end() if message == STOP else f"Customer:\n{message}"
 
     def end(self) -> None:
-        """Judge the state and what was said; the episode ends."""
+        """Evaluate the state and what was said; the episode ends."""
         super().answer(self.said)
 
 
-def executor(jail: Jail, task: Any, judge: Callable[..., Verdict] = evaluate) -> Executor:
+def executor(jail: Jail, task: Any, evaluator: Callable[..., Verdict] = evaluate) -> Executor:
     """Return the executor's episode of a task, in a conversation where its world has users."""
-    return (SupportAgent if ENVIRONMENTS[task.env].talks else Executor)(jail, task, judge)
+    return (SupportAgent if ENVIRONMENTS[task.env].talks else Executor)(jail, task, evaluator)
+
+
+def hear_users(episodes: list[Episode], user: User, generator: Generator) -> dict[Episode, str | None]:
+    """Let the users of the episodes that ask speak, all at once; return what these observe, None at their end."""
+    asking = [episode for episode in episodes if episode.asks]
+    messages = user([episode.conversation for episode in asking], generator) if asking else []
+    return {episode: episode.hear(message) for episode, message in zip(asking, messages)}
 
 
 def own_user(
     policy: Policy, parallel: int, turn_tokens: int, conversations: list[list[dict]], generator: Generator
 ) -> list[str]:
-    """Return what users say whom the policy's base plays: without the adapter, so that training does not matter."""
+    """Return what users say, played by the policy's base: without the adapter, so that training does not matter."""
     turns = [opened(policy, conversation) for conversation in conversations]
     context = turn_tokens + max(len(t.prompt) for t in turns)
     with policy.model.disable_adapter():
@@ -552,14 +547,18 @@ def written_turns(
                 t.text = text if len(said) <= limit else turn_text(policy, said[:limit])
                 t.extend(said[:limit], True, [0.0] * len(said[:limit]))
         yield running
-    if trajectories and all(t.status == "model failed" for t in trajectories):
+    if trajectories and all(t.episode.status == "model failed" for t in trajectories):
         raise PolicyError("the other model failed in every episode: is its endpoint up?")
 
 
 # ---------------------------------------------------------------------------------------------------
 # the KV cache of rollouts, which only saves time and memory (for a second reading)
 
-def fill(policy: Policy, cache: "SlotCache", slots: list[Trajectory]) -> None:
+FEED_COLUMNS = 8192  # rows x columns of the cache in a pass that feeds it: attention may copy them
+FEED_TOKENS = 1024  # rows x new tokens in such a pass
+
+
+def feed(policy: Policy, cache: "SlotCache", slots: list[Trajectory]) -> None:
     """Feed the cache what it lacks of each slot's trajectory, save for the last token, from which the next is sampled.
 
     Of rollouts that share a prompt one is fed with it; the others get a copy of its part of the cache. A pass is
@@ -826,7 +825,7 @@ def train(
         episodes = [executor(jail, task) for task in chosen for _ in range(options.rollouts)]
         generator = seeded(policy.device, options.seed, "train", step)
         trajectories = rollout(policy, episodes, generator, model=teacher, **limits)
-        rewards = torch.tensor([t.reward for t in trajectories]).view(len(chosen), -1)  # [tasks, K]; NaN does not count
+        rewards = torch.tensor([episode.reward for episode in episodes]).view(len(chosen), -1)  # [tasks, K]; or NaN
         advantage = (~rewards.isnan()).float() if teacher else advantages(rewards, options.baseline)
         figures = reinforce_step(
             policy, optimizer, trajectories, advantage.flatten(), micro_batch_tokens=options.micro_batch_tokens,
@@ -837,7 +836,7 @@ def train(
         speed = sum(sum(t.mask) for t in trajectories) / (time.monotonic() - started)
         bar.set_postfix(reward=f"{reward:.2f}", signal=f"{signal:.2f}", tokens_per_s=f"{speed:.0f}")
         metrics = {"step": step, "reward": reward, "signal": signal, **figures}
-        yield metrics, [record("train", step, episode, t) for episode, t in zip(episodes, trajectories)]
+        yield metrics, [record("train", step, episode) for episode in episodes]
 
 
 def rollout_limits(options) -> dict:
@@ -867,13 +866,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
 
 
-def record(phase: str, step: int | None, episode: Episode, trajectory: Trajectory) -> dict:
-    """Return an episode as a line of trajectories.jsonl, without the long system message."""
+def record(phase: str, step: int | None, episode: Episode) -> dict:
+    """Return an episode that is over as a line of trajectories.jsonl, without the long system message."""
     task = getattr(episode, "task", None)  # which a challenger does not have
     instruction = task.instruction if task else episode.messages[1]["content"]
-    reward = None if math.isnan(trajectory.reward) else trajectory.reward  # None: it does not count
+    reward = None if math.isnan(episode.reward) else episode.reward  # None: it does not count
     return {"phase": phase, "step": step, "env": episode.env, "seed": episode.seed, "instruction": instruction,
-            "reward": reward, "status": trajectory.status, "messages": episode.messages[1:]}
+            "reward": reward, "status": episode.status, "messages": episode.messages[1:]}
 
 
 def read_tasks(path: Path) -> Iterator[CodeAsTask]:
@@ -900,9 +899,10 @@ SHAPES = {  # of models whose configuration is gated: widths, layers, heads, whe
     "meta-llama/Llama-3.1-8B-Instruct": (4096, 14_336, 32, 32, False),
     "meta-llama/Llama-3.1-70B-Instruct": (8192, 28_672, 80, 64, False),
 }
+CONTEXTS = (2048, 4096, 8192, 16_192)  # of the table; the last is the paper's
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, 8 for a block of 64, 32 for 256 blocks (QLoRA)
 LAYER_BYTES = 4.8  # measured: a token in a layer's backward pass, for each input and output of its linear maps
-LOGIT_BYTES = 16  # measured: a logit, at the height of a chunk's backward pass and of sampling
+LOGIT_BYTES = 16  # measured: a logit, at the peak of a chunk's backward pass and of sampling
 KEPT_FREE = 1 / 12  # of the GPU's memory, for CUDA itself and for gaps between tensors
 RTX_3090 = 936e9, 71e12  # bytes that it reads in a second, and operations in 16 bits, by its data sheet
 
@@ -920,7 +920,7 @@ def shape_of(name: str) -> PreTrainedConfig:
 
 
 def memory_of(config: PreTrainedConfig, rank: int, tokens: int) -> dict[str, float]:
-    """Return the bytes that a model takes on a GPU, by what for, where a trajectory or an episode has so many tokens.
+    """Return {purpose: bytes} of a model on a GPU, for a trajectory or an episode of so many tokens.
 
     Tests hold the sums against whole models: within a tenth. "parameters" is a number of weights.
     """
@@ -940,8 +940,8 @@ def memory_of(config: PreTrainedConfig, rank: int, tokens: int) -> dict[str, flo
         "weights": in_4_bits * NF4_BYTES + (model.num_parameters() - in_4_bits) * 2,  # the others in 16 bits
         "adapter": rank * ends * 16,  # in 32 bits, with its gradient and Adam's two moments
         "checkpoints": tokens * depth * width * 2,  # the input of each layer, kept for the backward pass
-        "layer": tokens * ends / depth * LAYER_BYTES,  # at the height of its backward pass
-        "logits": min(tokens, CHUNK_TOKENS) * config.vocab_size * LOGIT_BYTES,  # of a chunk, at the same height
+        "layer": tokens * ends / depth * LAYER_BYTES,  # at the peak of its backward pass
+        "logits": min(tokens, CHUNK_TOKENS) * config.vocab_size * LOGIT_BYTES,  # of a chunk, at the same peak
         "cache": tokens * depth * token,  # the keys and values of an episode
         "sampling": config.vocab_size * LOGIT_BYTES,  # an episode's next token
         "feed": copies + FEED_TOKENS * (tokens * 3 + width * 12),  # a pass that fills caches, with its mask and states
@@ -949,12 +949,12 @@ def memory_of(config: PreTrainedConfig, rank: int, tokens: int) -> dict[str, flo
 
 
 def training_bytes(memory: dict[str, float]) -> float:
-    """Return the height of a gradient step: while a layer's inputs are computed again, or before, at the logits."""
+    """Return the peak of a gradient step: while a layer's inputs are computed again, or before, at the logits."""
     return memory["weights"] + memory["adapter"] + memory["checkpoints"] + max(memory["layer"], memory["logits"])
 
 
 def rollout_bytes(memory: dict[str, float], parallel: int) -> float:
-    """Return the height of so many rollouts side by side: while caches are filled, or while all sample."""
+    """Return the peak of so many rollouts side by side: while caches are filled, or while all sample."""
     caches = parallel * memory["cache"]
     return memory["weights"] + memory["adapter"] + caches + max(memory["feed"], parallel * memory["sampling"])
 

@@ -35,15 +35,13 @@ if __name__ == "__main__":  # for as long as the libraries are loaded, which tak
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from eval import BenchmarkTask, SUITES, continued, evaluate_policy, format_table, load_suite  # noqa: E402
+from eval import BenchmarkTask, SUITES, SURVIVED, continued, evaluate_policy, format_table, load_suite  # noqa: E402
 from eval import setting_of, write_report  # noqa: E402
 from rl import Episode, Policy, add_training_options, advice_on_memory, append_lines, load_policy  # noqa: E402
 from rl import make_optimizer, natural, positive, prepare, record, rollout, rollout_limits, save_adapter  # noqa: E402
 from rl import seeded, train, versions  # noqa: E402
 from tools import ENVIRONMENTS, Environment, endpoint_model, make_environment  # noqa: E402
 from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task  # noqa: E402
-
-REJECTED_AT = ["parse", "runs", "solution", "failures", "held-out", "duplicate"]
 
 # ---------------------------------------------------------------------------------------------------
 # the challenger
@@ -377,7 +375,7 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
         if not (config := folder / "config.json").exists():
             settings = {name: value for name, value in vars(options).items() if name not in ("resume", "name")}
             config.write_text(json.dumps(settings, indent=1))
-        measure("before", suites, jail, run, options)
+        measure_phase("before", suites, jail, run, options)
         tasks = challenge(jail, held_out, run, options)
         if not tasks:
             raise ValueError("no task survived the filter, so there is nothing to train on: raise --challenges")
@@ -387,7 +385,7 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
             run.progress["steps"] += 1
             run.save("train")
         save_adapter(policy, folder / "adapter")
-        measure("after", suites, jail, run, options)
+        measure_phase("after", suites, jail, run, options)
     memory = run.progress["memory_bytes"]
     summary = {
         "model": options.model,
@@ -406,7 +404,7 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
     return summary
 
 
-def measure(phase: str, suites: dict[str, list], jail: Jail, run: Run, options: argparse.Namespace) -> None:
+def measure_phase(phase: str, suites: dict[str, list], jail: Jail, run: Run, options: argparse.Namespace) -> None:
     """Evaluate the policy on held-out tasks, before or after training, if that is not done; it may be interrupted."""
     if phase in run.progress["results"]:
         return
@@ -441,21 +439,21 @@ def challenge(jail: Jail, held_out: HeldOut, run: Run, options: argparse.Namespa
         worlds = [(options.env[i % len(options.env)], options.seed * 10**5 + i) for i in attempts]
         episodes = [Challenger(jail, env, seed, revisions) for env, seed in worlds]
         generator = seeded(run.policy.device, options.seed, "challenge", first)
-        trajectories = rollout(run.policy, episodes, generator, bar=bar, model=model, **rollout_limits(options))
-        for episode, trajectory in zip(episodes, trajectories):
+        rollout(run.policy, episodes, generator, bar=bar, model=model, **rollout_limits(options))
+        for episode in episodes:
             line = sort_out(episode, known, held_out, options.filter)
             if "stage" in line:
                 append_lines(run.folder / "rejected.jsonl", [line])
             else:
                 append_lines(run.folder / "tasks.jsonl", [line])
                 known.append((line["env"], asked(line)))
-            append_lines(run.folder / "trajectories.jsonl", [record("challenge", first, episode, trajectory)])
+            append_lines(run.folder / "trajectories.jsonl", [record("challenge", first, episode)])
         run.progress["challenges"] = attempts.stop
         run.save("challenge")
         bar.set_postfix(kept=f"{len(known) / attempts.stop:.2f}")
     rejected = Counter(line["stage"] for line in run.read("rejected.jsonl"))
-    run.progress["filter"] = {stage: rejected[stage] for stage in REJECTED_AT} | {"ok": len(known)}
-    stages = ", ".join(f"{stage} {rejected[stage]}" for stage in REJECTED_AT)
+    run.progress["filter"] = {stage: rejected[stage] for stage in SURVIVED} | {"ok": len(known)}
+    stages = ", ".join(f"{stage} {rejected[stage]}" for stage in SURVIVED)
     print(f"{total} attempts, {len(known)} tasks kept; rejected at: {stages}")
     return [CodeAsTask(**task) for task in run.read("tasks.jsonl")]
 

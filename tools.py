@@ -53,9 +53,6 @@ def tool(method: Callable) -> Callable:
     return method
 
 
-signature_of = functools.cache(inspect.signature)  # which takes longer than most tools
-
-
 class Environment:
     """A world: subclass it, fill `self.state` with plain data in `reset`, and mark methods with `@tool`."""
 
@@ -70,9 +67,8 @@ class Environment:
     provenance: dict = {}   # what a result should say about where this world comes from
 
     def __init_subclass__(cls):
-        members = {name: member for base in reversed(cls.__mro__) for name, member in vars(base).items()}
-        marked = {name: member for name, member in members.items() if getattr(member, "is_tool", False)}
-        cls.tools = marked or cls.tools  # a benchmark's come from elsewhere
+        marked = {name: member for name, member in vars(cls).items() if getattr(member, "is_tool", False)}
+        cls.tools = cls.tools | marked  # a benchmark's come from elsewhere
 
     def __init__(self, seed: int = 0):
         self.reset(seed)
@@ -97,9 +93,9 @@ class Environment:
         """Return the tools' signatures and docstrings as the text that a model reads."""
         entries = []
         for name, function in self.tools.items():
-            signature = signature_of(function)
+            signature = inspect.signature(function)
             signature = signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
-            entries.append(f"{name}{signature}\n" + textwrap.indent(inspect.getdoc(function), "    "))
+            entries.append(f"{name}{signature}\n" + textwrap.indent(inspect.getdoc(function) or "", "    "))
         return "\n".join(entries)
 
     def call(self, name: str, arguments: list, keywords: dict) -> Any:
@@ -111,7 +107,7 @@ class Environment:
         function = self.tools.get(name) if isinstance(name, str) else None
         if function is None:
             raise ToolError(f"there is no tool {name!r:.100}")
-        signature = signature_of(function)
+        signature = inspect.signature(function)
         try:
             bound = signature.bind(self, *arguments, **keywords)
         except TypeError as error:
@@ -125,7 +121,7 @@ class Environment:
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether a value has an annotated type: True is no number, 3 is a float too, of list[str] only list counts."""
+    """Whether a value has an annotated type: a bool is no number, an int is a float too, and list[str] is any list."""
     if isinstance(annotation, UnionType):
         return any(fits(value, part) for part in get_args(annotation))
     kind = get_origin(annotation) or annotation
@@ -396,9 +392,9 @@ TYPES = {
 
 
 def foreign_tool(invoke: Callable, original: Callable, description: str, types: dict, returns: str = "") -> Callable:
-    """Return a function in the form of this file's tools, with the parameters of the benchmark's original behind self.
+    """Return a function in the form of this file's tools: after self come the parameters of the benchmark's `original`.
 
-    Their types, {parameter: word}, and that of what it returns are those of TYPES, or unknown.
+    `types`, {parameter: word}, and `returns` name types by the words of TYPES; any other word means unknown.
     """
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
     for name, parameter in inspect.signature(original).parameters.items():

@@ -8,7 +8,7 @@ Departures from the paper, and why:
 - `evaluate(answer)` replaces `<expected_output>`, so that all worlds share one format.
 - Doing nothing must fail as well: a task that asks for nothing rewards every executor.
 - What the filter would keep is judged once more with another random seed, and `evaluate` must leave the state alone: a
-  verdict that flips, or that brings about what it looks for, is none.
+  verdict that depends on chance, or that brings about what it checks, does not count.
 - The paper does not say how code is isolated. Here the state stays in this process, and code runs in
   a child that can only compute and talk through one pipe: a tool call goes out as data, and its
   result comes back as data. This process alone makes verdicts of values.
@@ -57,8 +57,8 @@ LINE_BYTES = 1024 * 1024         # in a line of a task file
 ANSWER_CHARACTERS = 4_000        # in a final answer
 OBSERVATION_CHARACTERS = 4_000   # that a model sees of the output of an action
 TOOL_CALLS = 1_000               # in an action
-REPLIES = 100_000                # that a jail remembers, each with its message of at most
-REPLY_BYTES = 8_192
+REPLIES = 100_000                # that a jail remembers
+REPLY_BYTES = 8_192              # of the longest that it does, with the message before it
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def check_form(task: CodeAsTask) -> None:
 
 
 def text_problem(text: Any) -> str | None:
-    """Return what makes an instruction or source unfit, or None; only a child ever parses a source."""
+    """Return what makes an instruction or source unfit, or None. Only a child parses it, for that can crash Python."""
     if not isinstance(text, str) or not text.strip():
         return "is empty or not text"
     if len(text) > SOURCE_CHARACTERS:
@@ -153,10 +153,10 @@ class Step:
 def parse_step(text: str) -> Step:
     """Return the step in a model's text, whose thought may be missing; raises FormatError, with REMINDER, otherwise.
 
-    `ACTION:` within the thought is not an action yet, not even if the thought never ends, and `ANSWER:` within an
-    action is a part of its code. Other words may stand before and after the one action or answer, but no second one. An
-    answer may be empty; an action, without its indentation and fence (`strip_fence`), may not. No part has white space
-    around it.
+    Only what the text begins with is a thought, and `ACTION:` within it is not an action yet, not even if the thought
+    never ends; `ANSWER:` within an action is a part of its code. Other words may stand before and after the one action
+    or answer, but no second one. An answer may be empty; an action, without its indentation and fence (`strip_fence`),
+    may not. No part has white space around it.
     """
     ### BEGIN SOLUTION
     thought, rest = "", text
@@ -222,7 +222,7 @@ class Outcome:
 
     printed: str
     error: str | None  # the end of the traceback, or a sentence about a timeout or a crash
-    value: Any = None  # without an error: see Session.run; of what is no plain data only the "<type>"
+    value: Any = None  # what `result` holds, or evaluate returned; of what is no plain data only the "<type>"
 
 
 def observation(outcome: Outcome) -> str:
@@ -382,7 +382,7 @@ def live(channel: int) -> None:
             linecache.cache[file] = (0, None, request["code"].splitlines(keepends=True), file)  # for tracebacks
             exec(compile(request["code"], file, "exec", dont_inherit=True), variables)
             arguments = request["arguments"]
-            value = variables.get("result") if arguments is None else evaluated(variables, arguments)
+            value = variables.get("result") if arguments is None else call_evaluate(variables, arguments)
         except BaseException as failure:  # SystemExit too: the process is still needed
             error = explain(failure)
         reply = {"printed": printed.getvalue().encode(errors="replace").decode(), "error": error}
@@ -392,7 +392,7 @@ def live(channel: int) -> None:
             send(channel, reply | {"value": f"<{type(value).__name__}>"})
 
 
-def evaluated(variables: dict, arguments: list) -> Any:
+def call_evaluate(variables: dict, arguments: list) -> Any:
     """Return what evaluate() or evaluate(answer) returns, called with as many of the arguments as it takes."""
     if "evaluate" not in variables:
         raise NameError("the code does not define evaluate")
@@ -576,13 +576,13 @@ class Jail(contextlib.AbstractContextManager):
     accepts that: verdicts cannot be forged in a weak jail either, but the code can do what its user can.
     """
 
-    def __init__(self, servers: int = 2, seconds: float = 2.0, allow_weak: bool = False):
+    def __init__(self, seconds: float = 2.0, allow_weak: bool = False):
         if not hasattr(os, "fork"):
             raise JailError("the jail needs a system with fork: on Windows, run this project inside WSL")
         self.seconds, self.replies = seconds, {}  # of children, by all that they had been sent until then
         known = sys.platform == "linux" and os.uname().machine in MACHINES
         for self.strong in [True] * known + [False] * allow_weak:
-            self.servers = [ForkServer(seed, self.strong) for seed in range(1, servers + 1)]
+            self.servers = [ForkServer(seed, self.strong) for seed in (1, 2)]
             if all(self.probe().values()) or not self.strong:
                 return
             self.close()
@@ -599,7 +599,7 @@ class Jail(contextlib.AbstractContextManager):
 
     def session(self, environment: Environment | None, replica: int = 0) -> "Session":
         """Return a session for one untrusted author on this environment; `replica` picks the server."""
-        return Session(self, environment, self.servers[replica % len(self.servers)])
+        return Session(self, environment, self.servers[replica % 2])
 
     def probe(self) -> dict[str, bool]:
         """Return, for each thing that a child of the jail just tried, whether the system refused it."""
@@ -805,8 +805,8 @@ def as_answer(value: Any) -> Any:
 def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
     """Return the verdict of a task on an environment's state and a final answer; the state stays as it is.
 
-    Only True, returned, is a pass, and only False is a fail without a reason. Any other value is a fail whose reason
-    shows it, an error one whose reason it is, and so is a change of the state, which is put back as it was `before`.
+    Only True, returned, is a pass, and only False is a fail without a reason. A fail with a reason that says so is any
+    other value (shown), an error (as it is), and a change of the state, which is put back as it was `before`.
     """
     before, environment.over = pickle.dumps(environment.state), False  # to be looked at through the tools once more
     with jail.session(environment, replica) as session:
@@ -831,8 +831,8 @@ def what_is_left(jail: Jail, task: CodeAsTask, replica: int, what: str, code: st
     return environment, outcome.value
 
 
-def passes(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: Environment, answer: Any) -> bool:
-    """Return whether the evaluation passes a state and an answer; raises TaskError if it breaks there."""
+def accepts(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: Environment, answer: Any) -> bool:
+    """Return whether the evaluation accepts a state and an answer; raises TaskError if it breaks there."""
     verdict = evaluate(jail, task, environment, answer, replica)
     if verdict.reason:
         raise TaskError("runs", f"the evaluation does not run after {what}:\n{verdict.reason}")
@@ -842,18 +842,18 @@ def passes(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: E
 def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
     """Raise TaskError unless all code runs, the solution passes, and neither a failure case nor doing nothing does.
 
-    The stages in their order: "runs", for whose sake `what_is_left` runs every code, and `passes` the evaluation of
-    what it left; "solution"; and "failures", whose reason names the first that passes: "failure case 2", or "doing
-    nothing". To do nothing is to leave a fresh state and the answer None: an evaluation that stumbles over that has not
-    passed it.
+    The stage is the first that applies: "runs" if any code breaks, or the evaluation after the solution or, where the
+    solution passes, after a failure case; "solution"; "failures", whose reason names the first that passes: "failure
+    case 2", or "doing nothing". To do nothing is to leave a fresh state and the answer None: an evaluation that breaks
+    there has not passed it.
     """
     ### BEGIN SOLUTION
     what, passing = "the example solution", []
-    solved = passes(jail, task, replica, what, *what_is_left(jail, task, replica, what, task.solution))
+    solved = accepts(jail, task, replica, what, *what_is_left(jail, task, replica, what, task.solution))
     for code in dict.fromkeys(task.failures):  # models repeat themselves
         what = f"failure case {task.failures.index(code) + 1}"
         state_and_answer = what_is_left(jail, task, replica, what, code)
-        if solved and passes(jail, task, replica, what, *state_and_answer):
+        if solved and accepts(jail, task, replica, what, *state_and_answer):
             passing.append(what)
     if not solved:
         raise TaskError("solution", "the example solution does not pass the evaluation")

@@ -948,7 +948,7 @@ def test_verdicts_cannot_be_forged_in_a_weak_jail(monkeypatch):
 
 
 def test_a_closed_jail_says_so():
-    closed = Jail(servers=1)
+    closed = Jail()
     closed.close()
     with pytest.raises(JailError, match="closed"):
         run(closed, "x = 1")

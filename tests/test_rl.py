@@ -396,7 +396,7 @@ def test_a_rollout_is_reproducible_and_does_not_depend_on_the_past(policy, jail,
 def test_a_rollout_ends_at_the_context(policy, jail):
     prompt = len(prompt_tokens(policy.tokenizer, Executor(jail, TASK).messages))
     trajectories = rollout(policy, [Executor(jail, TASK)], seeded(policy.device, 1), context=prompt + 1)
-    assert trajectories[0].status in ("out of context", "answered")
+    assert trajectories[0].episode.status in ("out of context", "answered")
     with pytest.raises(PolicyError, match="raise it"):
         rollout(policy, [Executor(jail, TASK)], seeded(policy.device, 1), context=prompt)
 
@@ -478,8 +478,8 @@ def test_another_model_plays_and_where_it_fails_the_episode_does_not_count(polic
 
     asked, episodes = [], [Executor(jail, TASK) for _ in range(3)]
     first, failed, last = rollout(policy, episodes, seeded(policy.device, 0), model=model)
-    assert asked == [3, 3] and [t.status for t in (first, failed, last)] == ["answered", "model failed", "answered"]
-    assert first.tokens == last.tokens and math.isnan(failed.reward) and not math.isnan(first.reward)
+    assert asked == [3, 3] and [t.episode.status for t in (first, failed, last)] == ["answered", "model failed", "answered"]
+    assert first.tokens == last.tokens and math.isnan(failed.episode.reward) and not math.isnan(first.episode.reward)
     assert failed.tokens == first.tokens[:len(failed.tokens)] and len(failed.tokens) < len(first.tokens)
     turn = policy.tokenizer("ANSWER: 7 END ANSWER", add_special_tokens=False).input_ids + [policy.tokenizer.eos_token_id]
     assert first.tokens[-len(turn):] == turn and all(first.mask[-len(turn):])  # what the policy would have had to sample
@@ -489,7 +489,7 @@ def test_another_model_plays_and_where_it_fails_the_episode_does_not_count(polic
 def test_another_model_s_turn_is_cut_at_the_context(policy, jail):
     context = len(prompt_tokens(policy.tokenizer, Executor(jail, TASK).messages)) + 40
     (t,) = rollout(policy, [Executor(jail, TASK)], seeded(policy.device, 0), context=context, model=lambda _: ["ACTION: " + "x = 1\n" * 500])
-    assert len(t.tokens) == context and t.status == "out of context" and len(t.mask) == len(t.logprobs) == context
+    assert len(t.tokens) == context and t.episode.status == "out of context" and len(t.mask) == len(t.logprobs) == context
 
 
 def test_another_model_that_always_fails_is_one_sentence(policy, jail):

@@ -56,7 +56,7 @@ WRONG = {
             "    try:\n        state_and_answer = what_is_left(jail, task, replica, what, code)\n    except TaskError:\n        continue\n")),
         "doing nothing must not break the evaluation": altered("check", (
             "evaluate(jail, task, make_environment(task.env, task.seed), None, replica).passed",
-            "passes(jail, task, replica, what, make_environment(task.env, task.seed), None)")),
+            "accepts(jail, task, replica, what, make_environment(task.env, task.seed), None)")),
         "the last one is named": altered("check", ("passing[0]", "passing[-1]")),
     },
     "extend": {
