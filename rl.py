@@ -34,6 +34,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,24 @@ class Policy:
         return self.model.device
 
 
+MISHAPS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, TemplateError,
+           SafetensorError)  # that a model or its files may cause
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU, in one of its libraries, or on a CPU."""
+    told = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(sentence in str(error) for sentence in told)
+
+
 @contextmanager
 def in_a_sentence(what: str, advice: str) -> Iterator[None]:
     """Turn what is wrong with a model into PolicyError, which says what cannot be done, why, and what to do."""
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError, too: see advice_on_memory
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, TemplateError, SafetensorError) as error:
+    except MISHAPS as error:
+        if is_out_of_memory(error):  # see advice_on_memory
+            raise
         reason = str(error).strip().split("\n")[0]
         raise PolicyError(f"cannot {what}: {reason} ({advice})") from error
 
@@ -108,7 +119,8 @@ def in_a_sentence(what: str, advice: str) -> Iterator[None]:
 def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, seed: int = 0) -> Policy:
     """Load a model from a folder (tiny: the one beside this file) or the hub, as NF4, with an adapter, saved or new.
 
-    Raises PolicyError if the model is missing or broken, has no chat template, or one that rewrites earlier turns.
+    Raises PolicyError if the model is missing or broken, if its chat template is missing or rewrites earlier turns, or
+    if sampler and trainer would not compute the model's own probabilities.
     """
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise PolicyError(f"there is no model folder {name!r}: give a folder, or a name on the hub, such as owner/name")
@@ -120,33 +132,30 @@ def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, see
     if tokenizer.chat_template is None:
         raise PolicyError(f"the model {name!r} has no chat template: use an instruction-tuned model")
     check_template(tokenizer)
-    if not head_is_linear(base):
-        raise PolicyError(f"the model {name!r} does more to its logits than the trainer, one linear layer: use another")
-    model = attach_adapter(base, adapter, rank, seed).train()
     ends = base.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return Policy(model, tokenizer, frozenset({*ends, tokenizer.eos_token_id} - {None}))
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    ends |= {end_of_turn(tokenizer)} & special  # of a base model it may be none of its ends
+    policy = Policy(attach_adapter(base, adapter, rank, seed).train(), tokenizer, frozenset(ends - {None}))
+    check_probabilities(policy, name)
+    return policy
 
 
 def load_base(path: str | Path, compute_type: torch.dtype) -> torch.nn.Module:
     """Load a model with its linear layers as NF4 with double quantisation (QLoRA, arXiv 2305.14314), on a GPU if any.
 
-    Always in training mode. There is no dropout, so the function is the same, but in evaluation mode bitsandbytes swaps
-    in another CPU kernel, and sampler and trainer must compute the same probabilities.
+    Always in training mode, and without dropout: in evaluation mode bitsandbytes swaps in another CPU kernel, but
+    sampler and trainer must compute the same probabilities.
     """
+    config = AutoConfig.from_pretrained(path)
+    for part in (config, config.get_text_config()):
+        vars(part).update({name: 0.0 for name in vars(part) if name.endswith(("dropout", "pdrop"))})
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=compute_type)
     place = {"": 0 if torch.cuda.is_available() else "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=nf4, dtype=compute_type, device_map=place)
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, quantization_config=nf4, dtype=compute_type,
+                                                 device_map=place, attn_implementation="sdpa")  # which takes our masks
     return model.train()
-
-
-@torch.no_grad()
-def head_is_linear(base: torch.nn.Module) -> bool:
-    """Whether the logits are those of the output layer alone, not scaled or capped (as those of Gemma 2 are)."""
-    ids = torch.tensor([[0, 1]], device=base.device)
-    states = base.get_decoder()(input_ids=ids).last_hidden_state
-    return torch.equal(base.get_output_embeddings()(states), base(input_ids=ids).logits)
 
 
 def attach_adapter(base: torch.nn.Module, adapter: str | Path | None, rank: int, seed: int) -> PeftModel:
@@ -186,6 +195,25 @@ def observation_tokens(tokenizer, observation: str) -> list[int]:
     """Return the token ids between two turns of the agent: the end of its turn, the observation, its next header."""
     turns = [("user", "?"), ("assistant", "MARKER"), ("user", observation)]  # as in any conversation: check_template
     return prompt_tokens(tokenizer, [{"role": role, "content": content} for role, content in turns], after="MARKER")
+
+
+def end_of_turn(tokenizer) -> int:
+    """Return the token with which the chat template ends the agent's turn."""
+    return observation_tokens(tokenizer, "")[0]
+
+
+def longest_context(config: PreTrainedConfig) -> float:
+    """Return how many tokens a model's positions and attention reach; infinity if there is no limit.
+
+    The cache of rollouts does not imitate a sliding window, and in a longer pass "longrope" changes all positions.
+    """
+    config = config.get_text_config()
+    positions = getattr(config, "rope_parameters", None) or {}
+    kinds = [positions, *(kind for kind in positions.values() if isinstance(kind, dict))]  # one, or one a kind of layer
+    limits = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    limits += [getattr(config, name, None)
+               for name in ("max_position_embeddings", "sliding_window", "attention_chunk_size")]
+    return min(filter(None, limits), default=math.inf)
 
 
 def check_template(tokenizer) -> None:
@@ -335,7 +363,7 @@ def rollout(
     temperature 0 is greedy. A turn is cut after `turn_tokens` and at `context` tokens, where the episode ends. `user`
     speaks for the users of conversations; without one, the policy's base does. Another `model`, such as one behind an
     endpoint, may play in the policy's place; its turns are cut at `context` only. Raises PolicyError if a prompt does
-    not fit into the context, or the context not into the model's sliding window, which the cache does not imitate.
+    not fit into the context, or the context not into what the model's positions and attention reach.
     """
     user = user or partial(own_user, policy, parallel, turn_tokens)
     trajectories = begin(policy, episodes, user, generator)
@@ -382,9 +410,8 @@ def sampled_turns(
     network, until half have ended their turns. The code of these then runs side by side while the network rests, so
     none waits for the longest turn, and nothing depends on how fast code was. What is over makes room for others.
     """
-    window = getattr(policy.model.config.get_text_config(), "sliding_window", None)
-    if window and window < context:
-        raise PolicyError(f"the model sees a sliding window of {window:,} tokens: lower --context to that")
+    if (limit := longest_context(policy.model.config)) < context:
+        raise PolicyError(f"the model's positions or its window of attention end at {limit:,} tokens: lower --context")
     slots, queue = trajectories[:parallel], iter(trajectories[parallel:])  # the trajectory in each slot
     cache, ended = SlotCache(len(slots), context), []
     while slots:
@@ -535,14 +562,14 @@ def written_turns(
     Their tokens are those that the policy would have had to sample to write the same, with log-probabilities 0. An
     episode whose model fails ends as "model failed" and does not count.
     """
-    tokenizer, end_of_turn = policy.tokenizer, observation_tokens(policy.tokenizer, "")[:1]
+    tokenizer = policy.tokenizer
     while running := [t for t in trajectories if not t.over]:
         for t, text in zip(running, model([t.episode.messages for t in running])):
             if text is None:
                 t.episode.reward, t.episode.status = math.nan, "model failed"
                 t.end()
             else:
-                said = tokenizer(defuse(tokenizer, text), add_special_tokens=False).input_ids + end_of_turn
+                said = tokenizer(defuse(tokenizer, text), add_special_tokens=False).input_ids + [end_of_turn(tokenizer)]
                 limit = context - len(t.tokens)
                 t.text = text if len(said) <= limit else turn_text(policy, said[:limit])
                 t.extend(said[:limit], True, [0.0] * len(said[:limit]))
@@ -621,22 +648,22 @@ class SlotCache(DynamicCache):
     def __init__(self, slots: int, columns: int):
         super().__init__()
         self.slots, self.columns = slots, columns
-        self.stores: dict[int, Tensor] = {}  # of each layer [2, slots, heads, columns, width]: keys and values
+        self.stores: dict[int, list[Tensor]] = {}  # of each layer keys and values [slots, heads, columns, width]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write states [rows, heads, new columns, width]; return all up to `end` [rows, heads, columns, width]."""
         if layer not in self.stores:  # in the first pass
-            self.stores[layer] = keys.new_zeros(2, self.slots, keys.shape[1], self.columns, keys.shape[3])
-        store = self.stores[layer]
-        store[0][self.rows[:, None], :, self.targets] = keys.transpose(1, 2)
-        store[1][self.rows[:, None], :, self.targets] = values.transpose(1, 2)
-        keys, values = store[:, :, :, :self.end]
+            self.stores[layer] = [new.new_zeros(self.slots, new.shape[1], self.columns, new.shape[3])
+                                  for new in (keys, values)]  # of which widths may differ
+        for store, new in zip(self.stores[layer], (keys, values)):
+            store[self.rows[:, None], :, self.targets] = new.transpose(1, 2)
+        keys, values = [store[:, :, :self.end] for store in self.stores[layer]]
         return (keys, values) if len(self.rows) == self.slots else (keys[self.rows], values[self.rows])  # else a copy
 
     def copy(self, source: int, slot: int, end: int) -> None:
         """Give a slot the same columns as another one, up to `end`."""
-        for store in self.stores.values():
-            store[:, slot, :, :end] = store[:, source, :, :end]
+        for store in chain(*self.stores.values()):
+            store[slot, :, :end] = store[source, :, :end]
 
     def keep(self, slots: list[int]) -> None:
         """Keep these slots only, in ascending order, and number them anew; in place, for want of room for a copy."""
@@ -644,7 +671,30 @@ class SlotCache(DynamicCache):
             if slot != source:
                 self.copy(source, slot, self.end)  # of the last pass, which all slots took part in
         self.slots = len(slots)
-        self.stores = {layer: store[:, :self.slots] for layer, store in self.stores.items()}
+        self.stores = {layer: [store[:self.slots] for store in stores] for layer, stores in self.stores.items()}
+
+
+@torch.inference_mode()
+def check_probabilities(policy: Policy, name: str) -> None:
+    """Raise PolicyError unless sampler and trainer compute the model's own probabilities.
+
+    Both take its logits for those of one linear layer (Gemma 2's are capped), and the cache takes its past for keys and
+    values (that of a state-space model is another). Two slots are tried, one of them two tokens behind.
+    """
+    model, ids, states = policy.model.get_base_model(), list(range(2, 26)), []
+    with in_a_sentence(f"play with the architecture of {name!r}", "use another model"):
+        hook = model.get_decoder().register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
+        logits = model(input_ids=torch.tensor([ids], device=policy.device), use_cache=False).logits  # [1, 24, all]
+        hook.remove()
+        cache = SlotCache(2, len(ids))
+        for first, last in [(0, 9), (9, 12), (12, 13)]:  # a prompt, an observation, a sampled token
+            begin = max(first - 2, 0)
+            sampled = advance(policy, cache, (0, 1), [ids[first:last], ids[begin:last - 2]], [first, begin])
+    if not torch.equal(model.get_output_embeddings()(states[0]), logits):
+        raise PolicyError(f"the model {name!r} does more to its logits than one linear layer: use another")
+    ours, own = sampled.log_softmax(-1), logits[0, [12, 10]].float().log_softmax(-1)
+    if not (own.exp() * (own - ours)).sum(-1).max() < 0.05:  # KL; rounding in 16 bits is a tenth of that
+        raise PolicyError(f"the model {name!r} computes other probabilities with a cache of its past: use another")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -786,6 +836,8 @@ def reinforce_step(
         mismatch += difference.sum().item()
         sampled += int(agent.sum())
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), max_norm).item()
+    if not math.isfinite(norm):  # or it would be saved over the last good weights
+        raise PolicyError("the gradient is no number any more: lower --learning-rate")
     optimizer.step()
     mismatch_kl = mismatch / sampled if sampled else None
     return {"loss": total, "gradient_norm": norm, "mismatch_kl": mismatch_kl, "trained_tokens": sampled}
@@ -922,7 +974,8 @@ def shape_of(name: str) -> PreTrainedConfig:
 def memory_of(config: PreTrainedConfig, rank: int, tokens: int) -> dict[str, float]:
     """Return {purpose: bytes} of a model on a GPU, for a trajectory or an episode of so many tokens.
 
-    Tests hold the sums against whole models: within a tenth. "parameters" is a number of weights.
+    Tests hold the sums against whole models: within a tenth. "parameters" is a number of weights. All keys and values
+    are taken to be of one width (those of DeepSeek-V3 are not).
     """
     with torch.device("meta"):  # shapes without numbers
         model = AutoModelForCausalLM.from_config(config)
@@ -1001,7 +1054,7 @@ def advice_on_memory(model: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         size = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 24
         raise MemoryError("the memory does not suffice: lower --parallel, --micro-batch-tokens or --context "

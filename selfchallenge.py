@@ -242,6 +242,9 @@ def challenger_prompt(environment: Environment) -> str:
 # ---------------------------------------------------------------------------------------------------
 # what must stay unseen
 
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+
 class HeldOut:
     """The evaluation tasks, and the test that keeps them out of everything that is trained on."""
 
@@ -253,8 +256,9 @@ class HeldOut:
             self.parameters.append(named or words(task.instruction))  # all words of one that names nothing of its world
 
     def leaks(self, instruction: str) -> bool:
-        """Whether an instruction names everything that some held-out task is about, in whatever words."""
+        """Whether an instruction names everything that some held-out task is about, in whatever words (or numerals)."""
         mentioned = words(instruction)
+        mentioned |= {str(NUMBER_WORDS.index(word)) for word in mentioned if word in NUMBER_WORDS}
         return any(wanted <= mentioned for wanted in self.parameters)
 
 
@@ -298,7 +302,7 @@ class Run:
         sizes = {}
         if self.checkpoint.exists():
             try:
-                state = torch.load(self.checkpoint, map_location=policy.device, weights_only=True)
+                state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
                 sizes = state["files"]
                 self.progress |= state["progress"]
                 optimizer.load_state_dict(state["optimizer"])

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, Qwen2Config
+from transformers import (AutoModelForCausalLM, AutoTokenizer, CohereConfig, DeepseekV3Config, JambaConfig, LlamaConfig, Phi3Config,
+                          Qwen2Config)
 
 import rl
 from eval import write_report
@@ -528,14 +529,28 @@ def test_the_temperature_that_sampled_is_the_one_that_trains(policy, jail):
 
 def test_a_model_with_a_sliding_window_keeps_to_it(policy, monkeypatch):
     monkeypatch.setattr(policy.model.config, "sliding_window", 64, raising=False)
-    with pytest.raises(PolicyError, match="sliding window of 64 tokens"):
+    with pytest.raises(PolicyError, match="end at 64 tokens: lower --context"):
         rollout(policy, [Script(1)], seeded(policy.device, 2), context=512)
 
 
 def test_a_nested_configuration_tells_its_sliding_window_too(policy, monkeypatch):
     monkeypatch.setattr(policy.model.config, "get_text_config", lambda: SimpleNamespace(sliding_window=64))
-    with pytest.raises(PolicyError, match="sliding window of 64 tokens"):
+    with pytest.raises(PolicyError, match="end at 64 tokens: lower --context"):
         rollout(policy, [Script(1)], seeded(policy.device, 2), context=512)
+
+
+@pytest.mark.parametrize("config, limit", [
+    (LlamaConfig(max_position_embeddings=2048), 2048),
+    (Qwen2Config(max_position_embeddings=2048, use_sliding_window=True, sliding_window=100, max_window_layers=0), 100),
+    (Phi3Config(max_position_embeddings=2048, original_max_position_embeddings=96, pad_token_id=0, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48, "long_factor": [4.0] * 48,
+        "original_max_position_embeddings": 96}), 96),
+    (SimpleNamespace(get_text_config=lambda: SimpleNamespace(rope_parameters=None)), math.inf),
+    (SimpleNamespace(get_text_config=lambda: SimpleNamespace(rope_parameters={
+        "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 8}}, attention_chunk_size=64)), 8),
+], ids=["positions", "window", "longrope", "none", "a kind of layer"])
+def test_the_longest_context_of_a_model(config, limit):
+    assert rl.longest_context(config) == limit
 
 
 def test_the_cache_is_freed_with_the_last_episode(policy):
@@ -640,7 +655,7 @@ def model_folder(folder, config, template, special, end):
 SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 MODELS = {
     "Qwen-like": (Qwen2Config(**SMALL), CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
-    "Llama-3-like": (LlamaConfig(**SMALL), HEADERS,
+    "Llama-3-like": (LlamaConfig(**SMALL, attention_dropout=0.5), HEADERS,
                      ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>"),
 }
 
@@ -685,10 +700,43 @@ def test_a_template_that_cannot_be_used_is_one_sentence(tmp_path, template, reas
 
 
 def test_logits_that_are_not_those_of_one_linear_layer_are_refused(tmp_path):
-    capped = Gemma2Config(**SMALL, final_logit_softcapping=1.0, sliding_window=64)
-    folder = model_folder(tmp_path / "model", capped, *MODELS["Qwen-like"][1:])
+    folder = model_folder(tmp_path / "model", CohereConfig(**SMALL, logit_scale=0.5), *MODELS["Qwen-like"][1:])
     with pytest.raises(PolicyError, match="does more to its logits"):
         load_policy(str(folder))
+
+
+def test_a_model_whose_past_is_not_keys_and_values_is_one_sentence(tmp_path):
+    hybrid = JambaConfig(**SMALL, num_experts=2, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8,
+                         mamba_dt_rank=8)
+    folder = model_folder(tmp_path / "model", hybrid, *MODELS["Qwen-like"][1:])
+    with pytest.raises(PolicyError, match="cannot play with the architecture of"):
+        load_policy(str(folder))
+
+
+def test_a_sampler_with_other_probabilities_than_the_model_s_is_one_sentence(another, monkeypatch):
+    advance = rl.advance
+    monkeypatch.setattr(rl, "advance", lambda policy, cache, slots, tokens, starts: 20 * advance(policy, cache, slots, tokens, starts))
+    with pytest.raises(PolicyError, match="other probabilities with a cache of its past"):
+        load_policy(str(another))
+
+
+def test_keys_and_values_may_differ_in_their_widths(tmp_path):
+    latent = DeepseekV3Config(**{**SMALL, "num_key_value_heads": 4, "head_dim": 8}, kv_lora_rank=16, q_lora_rank=32, qk_nope_head_dim=16,
+                              qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+                              moe_intermediate_size=32)
+    policy = load_policy(str(model_folder(tmp_path / "model", latent, *MODELS["Qwen-like"][1:])))
+    trajectories = rollout(policy, [Script(turns) for turns in (1, 3, 2)], seeded(policy.device, 2), turn_tokens=8, parallel=2)
+    logprobs = trajectory_logprobs(policy, trajectories, 1.0)[0].detach()
+    for row, t in zip(logprobs, trajectories):
+        assert torch.allclose(row[:len(t.tokens) - 1], torch.tensor(t.logprobs[1:]), atol=1e-4)
+
+
+def test_the_end_of_a_turn_stops_the_agent_also_where_the_model_ends_otherwise(tmp_path):
+    """As in a base model with a chat template, which ends with another token than the template's turns."""
+    config, template, special, end = MODELS["Qwen-like"]
+    folder = model_folder(tmp_path / "model", config, template, [*special, "<|endoftext|>"], "<|endoftext|>")
+    policy = load_policy(str(folder))
+    assert policy.stop_ids == set(policy.tokenizer.convert_tokens_to_ids([end, "<|endoftext|>"]))
 
 
 @pytest.mark.parametrize("name, said", [("./no/such-model", "there is no model folder"), ("no such name", "cannot load the model")])
@@ -728,6 +776,23 @@ def test_training_alone_leaves_a_folder_that_the_report_can_read(tmp_path, monke
     assert rl.main() == 0 and "adapter:" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "config.json", "metrics.jsonl", "trajectories.jsonl"]
     assert "model tiny, seed 3" in write_report(tmp_path / "run").read_text()
+
+
+def test_a_gradient_that_is_no_number_changes_nothing(policy):
+    before = [p.clone() for p in policy.model.parameters() if p.requires_grad]
+    (t,) = rollout(policy, [Script(1)], seeded(policy.device, 2), turn_tokens=8)
+    with pytest.raises(PolicyError, match="lower --learning-rate"):
+        reinforce_step(policy, make_optimizer(policy, 1e-2), [t], torch.tensor([math.nan]))
+    assert all(map(torch.equal, before, (p for p in policy.model.parameters() if p.requires_grad)))
+
+
+@pytest.mark.parametrize("error, said", [
+    (torch.OutOfMemoryError("CUDA out of memory"), MemoryError), (RuntimeError("CUDA error: out of memory"), MemoryError),
+    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), MemoryError), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError),
+    (RuntimeError("shapes differ"), RuntimeError)])
+def test_memory_that_does_not_suffice_is_told_by_whatever_notices_it(error, said):
+    with pytest.raises(said), rl.advice_on_memory("tiny"), rl.in_a_sentence("load", "retry") if said is MemoryError else contextlib.nullcontext():
+        raise error
 
 
 # ---------------------------------------------------------------------------------------------------

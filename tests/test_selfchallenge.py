@@ -167,6 +167,7 @@ def test_a_held_out_task_leaks_in_whatever_words(held_out):
     for task in held_out.tasks:
         assert held_out.leaks(task.instruction)
         assert held_out.leaks("Quite other words, but about " + ", ".join(sorted(parameters(task))))
+    assert held_out.leaks("Take the amount of chair, add four, then multiply by seven.")
 
 
 def test_the_prompts_give_no_held_out_task_away(held_out):
