@@ -367,9 +367,12 @@ def read_run(run: Path, names: Iterable[str] = RUN_FILES) -> dict[str, Any]:
     files: dict[str, Any] = {"path": str(run)}
     for path in map(run.joinpath, names):
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        of_lines = path.suffix == ".jsonl"
+        of_lines, lines = path.suffix == ".jsonl", text.split("\n")
+        with suppress(ValueError, RecursionError):  # a crash may have left half a line behind the last whole one
+            json.loads(lines[-1])
+            lines.append("")
         try:
-            objects = [dict(json.loads(part)) for part in (text.split("\n")[:-1] if of_lines else [text or "{}"])]
+            objects = [dict(json.loads(part)) for part in (lines[:-1] if of_lines else [text or "{}"])]
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{str(path)!r} is damaged: {error}") from None
         files[path.stem] = objects if of_lines else objects[0]

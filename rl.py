@@ -112,7 +112,8 @@ def in_a_sentence(what: str, advice: str) -> Iterator[None]:
     except MISHAPS as error:
         if is_out_of_memory(error):  # see advice_on_memory
             raise
-        reason = str(error).strip().split("\n")[0]
+        lines = str(error).strip().split("\n")
+        reason = " ".join(lines[:1 + lines[0].endswith(":")]).strip()
         raise PolicyError(f"cannot {what}: {reason} ({advice})") from error
 
 
@@ -1143,7 +1144,7 @@ def main() -> int:
                 append_lines(out / "metrics.jsonl", [metrics])
                 append_lines(out / "trajectories.jsonl", episodes)
                 save_adapter(policy, out / "adapter")
-        print(f"adapter: {out / 'adapter'}")
+        print(f"adapter: {out / 'adapter'}" if out.exists() else "no step was taken, so nothing was written")
 
     return guarded("rl.py", work, lambda: f"what is finished is in {out}" if out.exists() else "nothing was begun")
 

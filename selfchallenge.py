@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 if __name__ == "__main__":  # for as long as the libraries are loaded, which takes seconds
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; nothing was begun"))
@@ -302,16 +303,22 @@ class Run:
         sizes = {}
         if self.checkpoint.exists():
             try:
+                if ZipFile(self.checkpoint).testzip():  # which torch does not look at
+                    raise ValueError("a part of the file is damaged")
                 state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
                 sizes = state["files"]
                 self.progress |= state["progress"]
                 optimizer.load_state_dict(state["optimizer"])
                 policy.model.load_state_dict(state["adapter"], strict=False)  # which leaves the base as it is
-            except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, BadZipFile,
+                    pickle.UnpicklingError) as error:
                 raise ValueError(f"the checkpoint {self.checkpoint} is damaged or belongs to another model; "
                                  "start a new run") from error
         elif any((folder / name).exists() for name in ("tasks.jsonl", "rejected.jsonl", "metrics.jsonl")):
             raise ValueError(f"{folder} has lost its checkpoint, so it cannot be continued; start a new run")
+        for name, size in sizes.items():
+            if not (folder / name).exists() or (folder / name).stat().st_size < size:
+                raise ValueError(f"{folder / name} has lost lines, so the run cannot be continued; start a new run")
         for file in folder.glob("*.jsonl"):
             os.truncate(file, sizes.get(file.name, 0))
         self.clock = time.monotonic()  # at the last checkpoint

@@ -7,8 +7,8 @@ runs, the solution passes the evaluation, and no failure case does.
 Departures from the paper, and why:
 - `evaluate(answer)` replaces `<expected_output>`, so that all worlds share one format.
 - Doing nothing must fail as well: a task that asks for nothing rewards every executor.
-- What the filter would keep is judged once more with another random seed, and `evaluate` must leave the state alone: a
-  verdict that depends on chance, or that brings about what it checks, does not count.
+- What the filter would keep is judged once more with another random seed, and evaluated four times more; `evaluate` must
+  leave the state alone: a verdict that depends on chance, or that brings about what it checks, does not count.
 - The paper does not say how code is isolated. Here the state stays in this process, and code runs in
   a child that can only compute and talk through one pipe: a tool call goes out as data, and its
   result comes back as data. This process alone makes verdicts of values.
@@ -43,7 +43,7 @@ import traceback
 import types
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Callable, Iterable, Iterator
 
 from tqdm import tqdm
@@ -57,6 +57,7 @@ LINE_BYTES = 1024 * 1024         # in a line of a task file
 ANSWER_CHARACTERS = 4_000        # in a final answer
 OBSERVATION_CHARACTERS = 4_000   # that a model sees of the output of an action
 TOOL_CALLS = 1_000               # in an action
+REPEATS = 4                      # of the evaluation of a solution, before its task is kept
 REPLIES = 100_000                # that a jail remembers
 REPLY_BYTES = 8_192              # of the longest that it does, with the message before it
 
@@ -226,8 +227,11 @@ class Outcome:
 
 
 def observation(outcome: Outcome) -> str:
-    """Return what the model sees of an outcome: what was printed, cut if it is long, and the error."""
-    printed = outcome.printed.strip("\n")
+    """Return what the model sees of an outcome: what was printed, cut if it is long, and the error.
+
+    Addresses of objects are left out, for they differ from process to process.
+    """
+    printed = re.sub(" at 0x[0-9a-f]+", "", outcome.printed.strip("\n"))
     if len(printed) > OBSERVATION_CHARACTERS:
         printed = f"{printed[:OBSERVATION_CHARACTERS]}\n… (cut after {OBSERVATION_CHARACTERS:,} characters)"
     return "\n".join(filter(None, [printed, outcome.error])) or "(no output: only what the code prints is shown)"
@@ -244,9 +248,9 @@ PROCESSOR_SECONDS = 60            # in the life of a child; the parent sets a wa
 
 # What code can import: a child cannot open files, so the server imports what a child may need.
 MODULES = """base64 bisect calendar cmath collections.abc copy ctypes dataclasses datetime decimal encodings.ascii
-    encodings.latin_1 enum fractions functools gc heapq io itertools json linecache math numbers operator os pprint
-    random re resource signal socket statistics string struct sys textwrap time traceback types typing unicodedata
-    _strptime""".split()
+    encodings.latin_1 enum fractions functools gc heapq inspect io itertools json linecache math numbers operator os
+    pprint random re resource signal socket statistics string struct sys textwrap time traceback types typing
+    unicodedata _strptime __future__""".split()
 
 # All that a child may ask of the kernel, by the numbers of x86-64 and aarch64. None of these calls takes a path
 # or makes a process or a descriptor; kill is missing, and so are fcntl and ioctl, by which a signal can be sent too.
@@ -367,6 +371,7 @@ MESSAGE_BYTES = 1024 * 1024   # in a message on the pipe
 PRINTED_CHARACTERS = 20_000   # kept of the output of an action
 ERROR_CHARACTERS = 1_000      # kept of the end of a traceback
 NESTING = 50                  # levels of lists and dicts in plain data
+LARGEST = 10**300             # number in plain data, as which an int can still become a float
 
 
 def live(channel: int) -> None:
@@ -393,11 +398,14 @@ def live(channel: int) -> None:
 
 
 def call_evaluate(variables: dict, arguments: list) -> Any:
-    """Return what evaluate() or evaluate(answer) returns, called with as many of the arguments as it takes."""
+    """Return what evaluate(answer) or evaluate() returns, called with the arguments if it takes them."""
     if "evaluate" not in variables:
         raise NameError("the code does not define evaluate")
-    takes = getattr(variables["evaluate"], "__code__", None)  # which a class, for one, does not have
-    return variables["evaluate"](*arguments[:takes.co_argcount if takes else None])
+    try:
+        inspect.signature(variables["evaluate"]).bind(*arguments)
+    except TypeError:
+        arguments = []
+    return variables["evaluate"](*arguments)
 
 
 def rehearse() -> None:
@@ -470,16 +478,16 @@ def plain(value: Any, nesting: int = NESTING) -> Any:
         return value
     if isinstance(value, str):
         return value.encode().decode()  # raises for half a surrogate pair, which no file could hold
-    if isinstance(value, int) and abs(value) < 2**63:
+    if isinstance(value, int) and abs(value) < LARGEST:
         return int(value)
-    if isinstance(value, float) and abs(value) < float("inf"):
+    if isinstance(value, float) and abs(value) < LARGEST:
         return float(value)
     if isinstance(value, (list, tuple)) and nesting:
         return [plain(item, nesting - 1) for item in value]
     if isinstance(value, dict) and nesting and all(isinstance(key, str) for key in value):
         return {plain(key): plain(item, nesting - 1) for key, item in value.items()}
-    raise ValueError(f"{type(value).__name__}: only text, finite numbers of 64 bits, True, False, None, lists and "
-                     f"dicts with text as keys can leave the code, nested at most {NESTING} times")
+    raise ValueError(f"{type(value).__name__}: only text, numbers below 1e300, True, False, None, lists and dicts with "
+                     f"text as keys can leave the code, nested at most {NESTING} times")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -633,10 +641,10 @@ for name, attempt in attempts.items():
 class Session(contextlib.AbstractContextManager):
     """A child for one untrusted author, whose variables last from action to action, as in a notebook.
 
-    What a child replies follows from its random seed and from what it was sent (unless the code looks at a clock), so
-    the jail remembers it: rollouts of a task often begin alike. A child is started only for what is new, and then is
-    told all that came before, to which it must reply as remembered. One that does not, is late or crashes is ended, and
-    the next action begins with another.
+    What a child replies follows from its random seed and from what it was sent, so the jail remembers it: rollouts of a
+    task often begin alike. (Not if the code mentions time: it may look at a clock.) A child is started only for what is
+    new, and then is told all that came before, to which it must reply as remembered. One that does not, is late or
+    crashes is ended, and the next action begins with another.
     """
 
     def __init__(self, jail: Jail, environment: Environment | None, server: ForkServer):
@@ -652,6 +660,7 @@ class Session(contextlib.AbstractContextManager):
         self.actions = 0  # that were begun
         self.untold: list[tuple[bytes, bytes | None]] = []  # messages that the child still has to be told, its replies
         self.past = hashlib.sha256(b"%d\n" % self.server.seed)  # of the seed and all messages, for the jail's memory
+        self.remembers = True
         if self.channel is not None:
             self.channel.close()
             self.channel = None
@@ -661,11 +670,12 @@ class Session(contextlib.AbstractContextManager):
     def run(self, code: str, arguments: list | None = None) -> Outcome:
         """Run code, and meanwhile execute its tool calls; the outcome holds what it printed, and what ended it early.
 
-        Its value is the variable `result`; or, given arguments, what the function `evaluate` returns, called with as
-        many of them as it takes.
+        Its value is the variable `result`; or, given arguments, what the function `evaluate` returns, called with them
+        if it takes them.
         """
         if problem := text_problem(code):
             return Outcome("", f"the code {problem}")
+        self.remembers = self.remembers and "time" not in code
         request = {"code": code, "arguments": arguments}
         if not self.actions:
             request["tools"] = list(self.environment.tools) if self.environment else []
@@ -698,7 +708,7 @@ class Session(contextlib.AbstractContextManager):
         """Return the reply to the next message as plain data, from memory or from the child."""
         self.past.update(message)
         past, replies = self.past.digest(), self.jail.replies
-        line = replies.get(past)
+        line = replies.get(past) if self.remembers else None
         self.untold.append((message, line))
         if line is None:
             if self.channel is None:
@@ -707,13 +717,13 @@ class Session(contextlib.AbstractContextManager):
             for untold, remembered in self.untold:
                 line = self.exchange(untold)
                 if remembered not in (None, line):
-                    raise ChildLost("the code does not do the same again, perhaps because it looks at a clock")
+                    raise ChildLost("the code does not do the same again")
             self.untold.clear()
         try:
             data = plain(json.loads(line))
         except (ValueError, RecursionError):
             raise ChildLost(NONSENSE) from None
-        if len(message) + len(line) <= REPLY_BYTES:
+        if self.remembers and len(message) + len(line) <= REPLY_BYTES:
             if len(replies) >= REPLIES:
                 replies.clear()
             replies[past] = line
@@ -867,7 +877,8 @@ def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
 def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
     """Return the filter's judgement of a task, or of a line of JSON that should hold one.
 
-    What is to be kept is checked once more by a server with another random seed: what depends on it is no task.
+    What is to be kept is checked once more by a server with another random seed, and its solution evaluated REPEATS
+    times more (what depends on chance, a clock or a process is no task).
     """
     start = time.monotonic()
     try:
@@ -878,6 +889,11 @@ def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
             check(jail, task, replica=1)
         except TaskError as rejection:
             raise TaskError(rejection.stage, f"with another random seed, {rejection.reason}") from None
+        environment, answer = what_is_left(jail, task, 0, "the example solution", task.solution)
+        for number in range(REPEATS):  # with a comment, or the jail would only remember the verdict
+            again = replace(task, evaluate=f"{task.evaluate}\n# {number}")
+            if not accepts(jail, again, number, "the example solution", environment, answer):
+                raise TaskError("solution", "the evaluation passes the example solution, but not every time")
     except TaskError as rejection:
         return Judgement(False, rejection.stage, rejection.reason, time.monotonic() - start)
     return Judgement(True, "ok", "", time.monotonic() - start)
@@ -905,7 +921,7 @@ def read_lines(path: str) -> Iterator[str]:
             rest = line
             while len(rest) > LINE_BYTES and not rest.endswith(b"\n"):
                 rest = file.readline(LINE_BYTES + 1)
-            yield line.decode(errors="surrogateescape")
+            yield line.removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")  # without a mark of UTF-8
 
 
 def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int:

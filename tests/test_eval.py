@@ -497,6 +497,12 @@ def test_json_is_one_object_on_standard_output(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["calculator"]["pass@1"] == 0
 
 
+def test_the_last_line_of_a_file_counts_if_it_is_whole(tmp_path):
+    for text, number in [('{"a": 1}\n{"a": 2}', 2), ('{"a": 1}\n{"a": ', 1), ('{"a": 1}\n', 1), ("", 0)]:
+        (tmp_path / "tasks.jsonl").write_text(text)
+        assert len(evaluation.read_run(tmp_path)["tasks"]) == number
+
+
 def test_report_is_rebuilt_from_the_command_line(tmp_path, monkeypatch, capsys):
     made_up_run(tmp_path, "words")
     monkeypatch.setattr(sys, "argv", ["eval.py", "--report", str(tmp_path)])

@@ -1,4 +1,5 @@
 """The loop: the challenger's episode, what stays unseen, an exact resume, and what a run leaves."""
+import io
 import json
 import os
 import re
@@ -342,14 +343,39 @@ def test_an_interrupt_while_the_libraries_are_loaded_is_one_sentence(tmp_path, s
     assert result.returncode == 1 and result.stderr == "interrupted; nothing was begun\n"
 
 
-def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path, here):
+def flipped(content: bytes) -> bytes:
+    """Return a checkpoint in which eight bytes of some weights are others: torch loads it all the same."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(255 - byte for byte in content[middle:middle + 8]) + content[middle + 8:]
+
+
+def pickled(content: bytes) -> bytes:
+    """Return something else that torch has saved."""
+    torch.save([1, 2], buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:2000], lambda content: b"", flipped, pickled],
+                         ids=["cut", "empty", "flipped", "no checkpoint"])
+def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path, here, damage):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     before = {path.name: path.read_bytes() for path in run.glob("*.jsonl")}
     state = run / "checkpoint" / "state.pt"
-    state.write_bytes(state.read_bytes()[: 2000])
+    state.write_bytes(damage(state.read_bytes()))
     status, errors = here("--resume", str(run), cwd=tmp_path)
     assert status == 2 and "damaged" in errors
+    assert {path.name: path.read_bytes() for path in run.glob("*.jsonl")} == before
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])], ids=["a file", "lines"])
+def test_what_a_run_has_lost_is_one_sentence_and_the_rest_stays(whole, tmp_path, here, harm):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    harm(run / "tasks.jsonl")
+    before = {path.name: path.read_bytes() for path in run.glob("*.jsonl")}
+    status, errors = here("--resume", str(run), cwd=tmp_path)
+    assert status == 2 and "tasks.jsonl has lost lines" in errors
     assert {path.name: path.read_bytes() for path in run.glob("*.jsonl")} == before
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import verify
 from tools import make_environment
 from verify import (
     FAILURE_CASES,
@@ -273,6 +274,30 @@ def test_a_verdict_that_flips_between_runs_is_rejected(jail):
         assert judgement.stage == "solution" and judgement.reason.startswith("with another random seed, the example solution")
 
 
+@pytest.mark.parametrize("chance", ["import os; odd = os.urandom(1)[0] % 8 > 0", "import os; odd = os.getpid() % 7 > 0"])
+def test_a_verdict_that_flips_by_a_chance_that_has_no_seed_is_rejected(jail, chance):
+    """Each of twelve tasks is kept with a chance of 7/8, six times over, 45 in 100: all of them with one of 1 in 10,000."""
+    flips = [change(CALCULATOR, solution="result = 1", failures=["0", "1", "2"],
+                    evaluate=f"{chance}\ndef evaluate(answer): return answer == 1 and odd  # {number}") for number in range(12)]
+    judgements = [judge(jail, task) for task in flips]
+    assert not all(judgement.ok for judgement in judgements)
+    assert {judgement.stage for judgement in judgements} <= {"solution", "ok"}
+
+
+def test_the_evaluation_is_repeated_in_children_that_are_not_remembered(jail, monkeypatch):
+    """An evaluation that passes twice and then never again: what is judged twice alone is kept."""
+    evaluate, replies = verify.evaluate, iter([True, False, False, False, False, True, False, False, False, False, False])
+    seen = []
+
+    def flipping(jail, task, environment, answer, replica=0):
+        seen.append(task.evaluate)
+        return verify.Verdict(next(replies))
+    monkeypatch.setattr(verify, "evaluate", flipping)
+    judgement = judge(jail, CALCULATOR)
+    assert judgement.stage == "solution" and "not every time" in judgement.reason
+    assert len(seen) == 11 and len(set(seen)) == 2  # two whole checks, and one with a comment
+
+
 def test_a_solution_that_depends_on_chance_is_rejected(jail):
     lucky = f"result = int(hash('tea') == {hash_of(jail, 0)})"
     judgement = judge(jail, change(CALCULATOR, solution=lucky, evaluate="def evaluate(answer): return answer == 1"))
@@ -355,6 +380,7 @@ def command(*arguments, **options):
 
 def test_the_command_line_judges_every_line_whatever_the_others_are(tmp_path):
     lines = [line.encode() for line in (SHOP.to_json(), "no task", CALCULATOR.to_json(), "", REJECTED["everything passes"][0].to_json())]
+    lines[0] = b"\xef\xbb\xbf" + lines[0]  # as some editors begin a file
     lines += [b"\xff\xfe\x00", b'{"env": "' + b"x" * 3 * LINE_BYTES + b'"}', SHOP.to_json().encode()]
     (tmp_path / "tasks.jsonl").write_bytes(b"\n".join(lines))
     result = command("tasks.jsonl", cwd=tmp_path)
