@@ -398,14 +398,18 @@ def live(channel: int) -> None:
 
 
 def call_evaluate(variables: dict, arguments: list) -> Any:
-    """Return what evaluate(answer) or evaluate() returns, called with the arguments if it takes them."""
+    """Return what evaluate(answer) or evaluate() returns, called with as many of the arguments as it takes."""
     if "evaluate" not in variables:
         raise NameError("the code does not define evaluate")
-    try:
-        inspect.signature(variables["evaluate"]).bind(*arguments)
+    evaluate = variables["evaluate"]
+    code = getattr(evaluate, "__code__", None)
+    if code is not None and not code.co_flags & inspect.CO_VARARGS:
+        return evaluate(*arguments[:code.co_argcount])
+    try:  # for a class, an object or a decorated function; slow, because it touches much memory
+        inspect.signature(evaluate).bind(*arguments)
     except TypeError:
         arguments = []
-    return variables["evaluate"](*arguments)
+    return evaluate(*arguments)
 
 
 def rehearse() -> None:
@@ -670,8 +674,8 @@ class Session(contextlib.AbstractContextManager):
     def run(self, code: str, arguments: list | None = None) -> Outcome:
         """Run code, and meanwhile execute its tool calls; the outcome holds what it printed, and what ended it early.
 
-        Its value is the variable `result`; or, given arguments, what the function `evaluate` returns, called with them
-        if it takes them.
+        Its value is the variable `result`; or, given arguments, what the function `evaluate` returns, called with as
+        many of them as it takes.
         """
         if problem := text_problem(code):
             return Outcome("", f"the code {problem}")
