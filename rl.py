@@ -1040,8 +1040,12 @@ def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
         rollouts = context / 2 / max(parallel, 1) * read / RTX_3090[0]  # seconds of each
         step = episodes * (rollouts + context * 6 * memory["parameters"] / RTX_3090[1])
         times = [f"{step / 60:.1f} min", f"{12_000 * rollouts / 3600:.0f} h"]
+        if context > longest_context(config):
+            times = ["beyond the model", "-"]
+        elif not parallel or train > room:
+            times = ["does not fit", "-"]
         lines.append(row(f"{context:,}", f"{train / 2**30:.2f} GiB", most, f"{cache / 2**30:.2f} GiB", f"{parallel:,}",
-                         *(times if parallel and train <= room else ["does not fit", "-"])))
+                         *times))
     weights = f"The weights take {memory['weights'] / 2**30:.2f} GiB."
     lines += [f"{weights} Give --context, --micro-batch-tokens of the same size, and at most so many",
               "--parallel as are side by side (half of them if the model itself plays users, too). A step:",

@@ -274,12 +274,12 @@ def parameters(task: CodeAsTask) -> set[str]:
     return {word for word in words(task.instruction) if word.isdigit() or word in named}
 
 
-def asked(task: dict) -> set[str]:
+def task_words(task: dict) -> set[str]:
     """The words of a kept task's instruction, without those by which its world says who is served."""
     return words(task["instruction"]) - words(make_environment(task["env"], task["seed"]).as_told(""))
 
 
-def near(a: set[str], b: set[str]) -> bool:
+def near_duplicates(a: set[str], b: set[str]) -> bool:
     """Whether two instructions are near-duplicates: over nine tenths of their words are shared (Jaccard index)."""
     return len(a & b) > 0.9 * len(a | b)
 
@@ -443,7 +443,7 @@ def challenge(jail: Jail, held_out: HeldOut, run: Run, options: argparse.Namespa
     if options.challenger_endpoint:
         model = endpoint_model(options.challenger_endpoint, options.challenger_model)
     revisions = options.revisions if options.filter else 0
-    known = [(task["env"], asked(task)) for task in run.read("tasks.jsonl")]
+    kept = [(task["env"], task_words(task)) for task in run.read("tasks.jsonl")]
     bar = tqdm(total=total, initial=begun, desc="challenge", unit="attempt", dynamic_ncols=True)
     for first in range(begun, total, options.parallel):
         attempts = range(first, min(first + options.parallel, total))
@@ -452,27 +452,27 @@ def challenge(jail: Jail, held_out: HeldOut, run: Run, options: argparse.Namespa
         generator = seeded(run.policy.device, options.seed, "challenge", first)
         rollout(run.policy, episodes, generator, bar=bar, model=model, **rollout_limits(options))
         for episode in episodes:
-            line = sort_out(episode, known, held_out, options.filter)
+            line = sort_out(episode, kept, held_out, options.filter)
             if "stage" in line:
                 append_lines(run.folder / "rejected.jsonl", [line])
             else:
                 append_lines(run.folder / "tasks.jsonl", [line])
-                known.append((line["env"], asked(line)))
+                kept.append((line["env"], task_words(line)))
             append_lines(run.folder / "trajectories.jsonl", [record("challenge", first, episode)])
         run.progress["challenges"] = attempts.stop
         run.save("challenge")
-        bar.set_postfix(kept=f"{len(known) / attempts.stop:.2f}")
+        bar.set_postfix(kept=f"{len(kept) / attempts.stop:.2f}")
     rejected = Counter(line["stage"] for line in run.read("rejected.jsonl"))
-    run.progress["filter"] = {stage: rejected[stage] for stage in SURVIVED} | {"ok": len(known)}
+    run.progress["filter"] = {stage: rejected[stage] for stage in SURVIVED} | {"ok": len(kept)}
     stages = ", ".join(f"{stage} {rejected[stage]}" for stage in SURVIVED)
-    print(f"{total} attempts, {len(known)} tasks kept; rejected at: {stages}")
+    print(f"{total} attempts, {len(kept)} tasks kept; rejected at: {stages}")
     return [CodeAsTask(**task) for task in run.read("tasks.jsonl")]
 
 
-def sort_out(episode: Challenger, known: list[tuple[str, set[str]]], held_out: HeldOut, filtered: bool) -> dict:
+def sort_out(episode: Challenger, kept: list[tuple[str, set[str]]], held_out: HeldOut, filtered: bool) -> dict:
     """Return an attempt's line for tasks.jsonl or, with a "stage", for rejected.jsonl.
 
-    `known` are the worlds and the words (`asked`) of the tasks that are kept so far.
+    `kept` are the worlds and the words (`task_words`) of the tasks that are kept so far.
     """
     place = {"env": episode.env, "seed": episode.seed}
     if not episode.submissions:
@@ -481,12 +481,12 @@ def sort_out(episode: Challenger, known: list[tuple[str, set[str]]], held_out: H
     if task is None:
         return {**place, "stage": "parse", "reason": judgement.reason, "text": episode.messages[-1]["content"]}
     told = {**vars(task), "instruction": make_environment(task.env, task.seed).as_told(task.instruction)}
-    mentioned = asked(told)
+    its_words = task_words(told)
     if held_out.leaks(f"{told['instruction']} {task.instruction}"):  # the second has what the first withholds
         stage, reason = "held-out", "it shares its parameters with a held-out task"
     elif filtered and not judgement.ok:
         stage, reason = judgement.stage, judgement.reason
-    elif any(env == task.env and near(mentioned, other) for env, other in known):
+    elif any(env == task.env and near_duplicates(its_words, other) for env, other in kept):
         stage, reason = "duplicate", "a task with nearly the same words was kept before"
     else:
         return told

@@ -7,8 +7,8 @@ runs, the solution passes the evaluation, and no failure case does.
 Departures from the paper, and why:
 - `evaluate(answer)` replaces `<expected_output>`, so that all worlds share one format.
 - Doing nothing must fail as well: a task that asks for nothing rewards every executor.
-- What the filter would keep is judged once more with another random seed, and evaluated four times more; `evaluate` must
-  leave the state alone: a verdict that depends on chance, or that brings about what it checks, does not count.
+- What the filter would keep is judged once more with another random seed, and evaluated four times more. `evaluate`
+  must leave the state alone: a verdict that depends on chance, or that brings about what it checks, does not count.
 - The paper does not say how code is isolated. Here the state stays in this process, and code runs in
   a child that can only compute and talk through one pipe: a tool call goes out as data, and its
   result comes back as data. This process alone makes verdicts of values.

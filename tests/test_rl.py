@@ -865,11 +865,12 @@ def test_the_bytes_of_a_logit_are_as_measured():
 
 
 def test_fit_says_what_fits_or_that_nothing_does(capsys, monkeypatch):
-    for gpu_gb, said in (("24", "min"), ("0.001", "does not fit")):
-        monkeypatch.setattr("sys.argv", ["rl.py", "--fit", "tiny", "--gpu-gb", gpu_gb])
+    for model, gpu_gb, said in (("meta-llama/Llama-3.2-1B-Instruct", "24", ["min"] * 4), ("meta-llama/Llama-3.2-1B-Instruct", "1", ["does not fit"] * 4),
+                                ("tiny", "24", ["min"] + ["beyond the model"] * 3)):
+        monkeypatch.setattr("sys.argv", ["rl.py", "--fit", model, "--gpu-gb", gpu_gb])
         assert rl.main() == 0
         lines = [line for line in capsys.readouterr().out.splitlines() if line[:8].strip().replace(",", "").isdigit()]
-        assert len(lines) == len(rl.CONTEXTS) and all(said in line for line in lines)
+        assert len(lines) == len(rl.CONTEXTS) and all(part in line for part, line in zip(said, lines))
 
 
 @pytest.mark.parametrize("arguments, said", [

@@ -16,8 +16,8 @@ import torch
 import selfchallenge
 from eval import SUITES, evaluate_policy, load_suite
 from rl import advantages, load_policy, make_optimizer
-from selfchallenge import (EXAMPLES, Challenger, HeldOut, asked, challenger_prompt, near, parameters, parse_options,
-                           render_task, sort_out, words)
+from selfchallenge import (EXAMPLES, Challenger, HeldOut, challenger_prompt, near_duplicates, parameters, parse_options,
+                           render_task, sort_out, task_words, words)
 from tools import CUSTOMERS, ENVIRONMENTS, make_environment
 from verify import CodeAsTask, Jail, Judgement, evaluate, judge, parse_task
 
@@ -134,7 +134,7 @@ KEPT, REJECTED = Judgement(True, "ok", "", 0.0), Judgement(False, "failures", "f
 
 def test_every_attempt_is_sorted_out(held_out):
     task = EXAMPLES["shop"]
-    words_of_it = asked(vars(task))
+    words_of_it = task_words(vars(task))
     assert sort_out(handed_in(task, REJECTED), [], held_out, filtered=True)["stage"] == "failures"
     assert sort_out(handed_in(task, KEPT), [], held_out, filtered=True) == vars(task)
     assert sort_out(handed_in(task, KEPT), [("shop", words_of_it)], held_out, filtered=True)["stage"] == "duplicate"
@@ -150,8 +150,8 @@ def test_without_the_filter_a_rejected_task_is_kept_but_a_held_out_one_is_not(he
 
 def test_near_duplicates_share_nine_tenths_of_their_words():
     a = words("Anna wants to cancel the tea and return the lamp.")
-    assert near(a, words("anna wants to cancel the tea, and return the lamp"))
-    assert not near(a, words("Anna wants to cancel the tea and return the drum."))
+    assert near_duplicates(a, words("anna wants to cancel the tea, and return the lamp"))
+    assert not near_duplicates(a, words("Anna wants to cancel the tea and return the drum."))
 
 
 # ---------------------------------------------------------------------------------------------------
