@@ -47,7 +47,7 @@ WRONG = {
     },
     "check": {
         "doing nothing may pass": altered("check", ("if not passing and", "if False and")),
-        "failure cases may pass": altered("check", ("if solved and passes", "if False and passes")),
+        "failure cases may pass": altered("check", ("if solved and accepts", "if False and accepts")),
         "the solution need not pass": altered("check", ("if not solved:", "if False:"), ("if solved and", "if")),
         "only the first failure case is played": altered("check", ("dict.fromkeys(task.failures)", "task.failures[:1]")),
         "failure cases go on in the solution's state": altered("check", ("what, code)\n", '"the example solution", code)\n')),
