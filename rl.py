@@ -364,7 +364,7 @@ def rollout(
     temperature 0 is greedy. A turn is cut after `turn_tokens` and at `context` tokens, where the episode ends. `user`
     speaks for the users of conversations; without one, the policy's base does. Another `model`, such as one behind an
     endpoint, may play in the policy's place; its turns are cut at `context` only. Raises PolicyError if a prompt does
-    not fit into the context, or the context not into what the model's positions and attention reach.
+    not fit into the context, or, where the policy itself plays, the context not into its `longest_context`.
     """
     user = user or partial(own_user, policy, parallel, turn_tokens)
     trajectories = begin(policy, episodes, user, generator)
@@ -679,7 +679,7 @@ class SlotCache(DynamicCache):
 def check_probabilities(policy: Policy, name: str) -> None:
     """Raise PolicyError unless sampler and trainer compute the model's own probabilities.
 
-    Both take its logits for those of one linear layer (Gemma 2's are capped), and the cache takes its past for keys and
+    Both take its logits for those of one linear layer (Cohere's are scaled), and the cache takes its past for keys and
     values (that of a state-space model is another). Two slots are tried, one of them two tokens behind.
     """
     model, ids, states = policy.model.get_base_model(), list(range(2, 26)), []
@@ -691,6 +691,8 @@ def check_probabilities(policy: Policy, name: str) -> None:
         for first, last in [(0, 9), (9, 12), (12, 13)]:  # a prompt, an observation, a sampled token
             begin = max(first - 2, 0)
             sampled = advance(policy, cache, (0, 1), [ids[first:last], ids[begin:last - 2]], [first, begin])
+    if not logits.isfinite().all():
+        raise PolicyError(f"the probabilities of the model {name!r} are no numbers: use another model or adapter")
     if not torch.equal(model.get_output_embeddings()(states[0]), logits):
         raise PolicyError(f"the model {name!r} does more to its logits than one linear layer: use another")
     ours, own = sampled.log_softmax(-1), logits[0, [12, 10]].float().log_softmax(-1)

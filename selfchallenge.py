@@ -19,7 +19,6 @@ import io
 import itertools
 import json
 import os
-import pickle
 import re
 import shlex
 import signal
@@ -28,7 +27,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 if __name__ == "__main__":  # for as long as the libraries are loaded, which takes seconds
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; nothing was begun"))
@@ -39,8 +38,8 @@ from tqdm import tqdm  # noqa: E402
 from eval import BenchmarkTask, SUITES, SURVIVED, continued, evaluate_policy, format_table, load_suite  # noqa: E402
 from eval import setting_of, write_report  # noqa: E402
 from rl import Episode, Policy, add_training_options, advice_on_memory, append_lines, load_policy  # noqa: E402
-from rl import make_optimizer, natural, positive, prepare, record, rollout, rollout_limits, save_adapter  # noqa: E402
-from rl import seeded, train, versions  # noqa: E402
+from rl import is_out_of_memory, make_optimizer, natural, positive, prepare, record, rollout  # noqa: E402
+from rl import rollout_limits, save_adapter, seeded, train, versions  # noqa: E402
 from tools import ENVIRONMENTS, Environment, endpoint_model, make_environment  # noqa: E402
 from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task  # noqa: E402
 
@@ -310,8 +309,9 @@ class Run:
                 self.progress |= state["progress"]
                 optimizer.load_state_dict(state["optimizer"])
                 policy.model.load_state_dict(state["adapter"], strict=False)  # which leaves the base as it is
-            except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, BadZipFile,
-                    pickle.UnpicklingError) as error:
+            except Exception as error:  # whatever a damaged file makes its readers raise
+                if is_out_of_memory(error):
+                    raise
                 raise ValueError(f"the checkpoint {self.checkpoint} is damaged or belongs to another model; "
                                  "start a new run") from error
         elif any((folder / name).exists() for name in ("tasks.jsonl", "rejected.jsonl", "metrics.jsonl")):

@@ -227,11 +227,8 @@ class Outcome:
 
 
 def observation(outcome: Outcome) -> str:
-    """Return what the model sees of an outcome: what was printed, cut if it is long, and the error.
-
-    Addresses of objects are left out, for they differ from process to process.
-    """
-    printed = re.sub(" at 0x[0-9a-f]+", "", outcome.printed.strip("\n"))
+    """Return what the model sees of an outcome: what was printed, cut if it is long, and the error."""
+    printed = outcome.printed.strip("\n")
     if len(printed) > OBSERVATION_CHARACTERS:
         printed = f"{printed[:OBSERVATION_CHARACTERS]}\n… (cut after {OBSERVATION_CHARACTERS:,} characters)"
     return "\n".join(filter(None, [printed, outcome.error])) or "(no output: only what the code prints is shown)"
@@ -372,6 +369,7 @@ PRINTED_CHARACTERS = 20_000   # kept of the output of an action
 ERROR_CHARACTERS = 1_000      # kept of the end of a traceback
 NESTING = 50                  # levels of lists and dicts in plain data
 LARGEST = 10**300             # number in plain data, as which an int can still become a float
+ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of an object, which differs from process to process
 
 
 def live(channel: int) -> None:
@@ -390,7 +388,8 @@ def live(channel: int) -> None:
             value = variables.get("result") if arguments is None else call_evaluate(variables, arguments)
         except BaseException as failure:  # SystemExit too: the process is still needed
             error = explain(failure)
-        reply = {"printed": printed.getvalue().encode(errors="replace").decode(), "error": error}
+        shown = printed.getvalue().encode(errors="replace").decode()
+        reply = {"printed": ADDRESS.sub("", shown), "error": error and ADDRESS.sub("", error)}
         try:
             send(channel, plain(reply | {"value": value}))
         except BaseException:  # it is no plain data, or too much of it
@@ -402,9 +401,8 @@ def call_evaluate(variables: dict, arguments: list) -> Any:
     if "evaluate" not in variables:
         raise NameError("the code does not define evaluate")
     evaluate = variables["evaluate"]
-    code = getattr(evaluate, "__code__", None)
-    if code is not None and not code.co_flags & inspect.CO_VARARGS:
-        return evaluate(*arguments[:code.co_argcount])
+    if isinstance(evaluate, types.FunctionType) and not evaluate.__code__.co_flags & inspect.CO_VARARGS:
+        return evaluate(*arguments[:evaluate.__code__.co_argcount])
     try:  # for a class, an object or a decorated function; slow, because it touches much memory
         inspect.signature(evaluate).bind(*arguments)
     except TypeError:

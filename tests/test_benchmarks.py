@@ -220,6 +220,10 @@ def test_the_challenger_is_told_of_every_tool_and_sees_a_whole_example(checkouts
         assert parse_task(prompt.partition("A worked example")[2], example.env, example.seed) == example
 
 
+def test_a_number_beyond_all_floats_is_a_wrong_answer_and_no_accident():
+    assert not tools.alike("1" * 400, 5) and tools.alike("1" * 400, "1" * 400)
+
+
 def test_the_same_task_for_another_user_is_a_duplicate(checkouts):
     for kind in (Retail, Airline):
         told = [{"env": kind.name, "seed": seed, "instruction": kind(seed).as_told("Cancel the lamp.")} for seed in (0, 1)]

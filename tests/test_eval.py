@@ -352,6 +352,7 @@ def test_runs_are_grouped_by_the_options_in_which_they_differ(runs):
     assert list(evaluation.grouped(read[:3])) == ["no --cap", "--cap 2"]
     read[0]["config"] = {}
     assert list(evaluation.grouped(read[:3])) == ["without config.json", "--cap 2", "no --cap"]
+    assert evaluation.as_option("env", ["calculator", "shop"]) == "--env calculator shop"
 
 
 def test_means_over_runs_by_hand():

@@ -116,11 +116,11 @@ def test_a_function_gets_the_argument_if_it_takes_one(jail):
         assert session.run("x = 1", []).error == "NameError: the code does not define evaluate"
         functions = ["def evaluate(): return 'none'", "def evaluate(answer): return answer", "evaluate = lambda *rest: len(rest)",
                      "class evaluate(dict):\n    def __init__(self, answer): super().__init__(answer)",
-                     "class Check:\n    def __call__(self): return 'none'\nevaluate = Check()",
+                     "class Check:\n    def __call__(self): return 'none'\nevaluate = Check()", "evaluate = Check().__call__",
                      "import functools\ndef shown(f):\n    @functools.wraps(f)\n    def wrapper(*a, **k): return f(*a, **k)\n    return wrapper\n"
                      "@shown\ndef evaluate(answer): return answer"]
         values = [session.run(function, [{"a": [1, 2.5, None]}]).value for function in functions]
-        assert values == ["none", {"a": [1, 2.5, None]}, 1, {"a": [1, 2.5, None]}, "none", {"a": [1, 2.5, None]}]
+        assert values == ["none", {"a": [1, 2.5, None]}, 1, {"a": [1, 2.5, None]}, "none", "none", {"a": [1, 2.5, None]}]
         assert session.run("x = 1 / 0", [5]).error.endswith("ZeroDivisionError: division by zero")
 
 
@@ -162,6 +162,7 @@ def test_an_observation_shows_output_and_error_and_marks_a_cut(jail):
     assert observation(outcome).startswith("before\n<action 1>, line 2: 1 / 0\nZeroDivisionError")
     assert observation(run(jail, "x = 1")).startswith("(no output")
     assert observation(run(jail, "print(object())")) == "<object object>"  # no address, which differs from run to run
+    assert observation(run(jail, "def f(): pass\n[1].index(f)")).endswith("ValueError: <function f> is not in list")
     assert observation(run(jail, "print('x' * 5_000)")).endswith("x\n… (cut after 4,000 characters)")
 
 

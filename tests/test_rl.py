@@ -757,6 +757,11 @@ def test_a_folder_without_an_adapter_and_a_damaged_one_are_one_sentence(policy, 
     with pytest.raises(PolicyError, match="holds no adapter.*runs/NAME/adapter"):
         load_policy("tiny", adapter=tmp_path)
     rl.save_adapter(policy, tmp_path / "adapter")
+    broken = load_policy("tiny")
+    next(p for p in broken.model.parameters() if p.requires_grad).data.fill_(math.nan)
+    rl.save_adapter(broken, tmp_path / "nan")
+    with pytest.raises(PolicyError, match="are no numbers"):
+        load_policy("tiny", adapter=tmp_path / "nan")
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"short")
     with pytest.raises(PolicyError, match="cannot load the adapter"):
         load_policy("tiny", adapter=tmp_path / "adapter")
