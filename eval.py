@@ -319,7 +319,9 @@ def as_option(name: str, value: object) -> str:
     option = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{option}" if value else f"--no-{option}"
-    return f"no --{option}" if value is None else f"--{option} {' '.join(value) if isinstance(value, list) else value}"
+    if isinstance(value, list):
+        value = " ".join(value)
+    return f"no --{option}" if value is None else f"--{option} {value}"
 
 
 def mean_of(results: list[dict]) -> dict:

@@ -133,11 +133,7 @@ def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, see
     if tokenizer.chat_template is None:
         raise PolicyError(f"the model {name!r} has no chat template: use an instruction-tuned model")
     check_template(tokenizer)
-    ends = base.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    ends |= {end_of_turn(tokenizer)} & special  # of a base model it may be none of its ends
-    policy = Policy(attach_adapter(base, adapter, rank, seed).train(), tokenizer, frozenset(ends - {None}))
+    policy = Policy(attach_adapter(base, adapter, rank, seed).train(), tokenizer, stop_tokens(base, tokenizer))
     check_probabilities(policy, name)
     return policy
 
@@ -157,6 +153,17 @@ def load_base(path: str | Path, compute_type: torch.dtype) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(path, config=config, quantization_config=nf4, dtype=compute_type,
                                                  device_map=place, attn_implementation="sdpa")  # which takes our masks
     return model.train()
+
+
+def stop_tokens(base: torch.nn.Module, tokenizer) -> frozenset[int]:
+    """Return the tokens that end a turn: the model's and the tokenizer's, and, in a base model another, the template's.
+
+    The template's counts only if it is a special token, for the agent may write any other within its turn.
+    """
+    ends = base.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return frozenset(ends | {end_of_turn(tokenizer)} & special)
 
 
 def attach_adapter(base: torch.nn.Module, adapter: str | Path | None, rank: int, seed: int) -> PeftModel:

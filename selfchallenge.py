@@ -256,7 +256,7 @@ class HeldOut:
             self.parameters.append(named or words(task.instruction))  # all words of one that names nothing of its world
 
     def leaks(self, instruction: str) -> bool:
-        """Whether an instruction names everything that some held-out task is about, in whatever words (or numerals)."""
+        """Whether an instruction names everything that some held-out task is about, in whatever words, "four" or 4."""
         mentioned = words(instruction)
         mentioned |= {str(NUMBER_WORDS.index(word)) for word in mentioned if word in NUMBER_WORDS}
         return any(wanted <= mentioned for wanted in self.parameters)

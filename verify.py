@@ -210,7 +210,7 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 #   limits                    eating the memory, filling the disk, computing on after the reply (make_confine)
 #   a filter of system calls  files, network, processes, signals: all but SYSTEM_CALLS is refused (seccomp_program)
 #   nothing to find           no environment variables, no open files, nothing of this project (inside, serve)
-#   two servers, two seeds    a verdict that follows hashes or chance: what is kept has the same ones on both (judge)
+#   two servers, two seeds    a verdict that follows hashes or chance: what is kept has the same ones again (judge)
 #
 # The way of one check: `Session.run` asks a fork server for a child, which has been forked and confined, and sends it
 # the code. Where that calls a tool, the call comes back as data, is executed on the episode's state, and its result is
@@ -662,7 +662,7 @@ class Session(contextlib.AbstractContextManager):
         self.actions = 0  # that were begun
         self.untold: list[tuple[bytes, bytes | None]] = []  # messages that the child still has to be told, its replies
         self.past = hashlib.sha256(b"%d\n" % self.server.seed)  # of the seed and all messages, for the jail's memory
-        self.remembers = True
+        self.remembers = True  # as long as no code mentions time
         if self.channel is not None:
             self.channel.close()
             self.channel = None
@@ -782,7 +782,8 @@ class Session(contextlib.AbstractContextManager):
 # That is the challenger's next observation, upon which it mends two parts, and the task is kept:
 #   instruction  Take the amount of tea, multiply by 3, then multiply by 9.
 #   evaluate     def evaluate(answer): return answer == multiply(multiply(amount("tea"), 3), 9)
-#   judgement    378 passes; 42, 126, 14 and None (doing nothing) do not; on the other server the same: stage "ok"
+#   judgement    378 passes; 42, 126, 14 and None (doing nothing) do not; on the other server the same; 378 passes
+#                four times more: stage "ok"
 
 @dataclass
 class Verdict:
@@ -817,8 +818,9 @@ def as_answer(value: Any) -> Any:
 def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
     """Return the verdict of a task on an environment's state and a final answer; the state stays as it is.
 
-    Only True, returned, is a pass, and only False is a fail without a reason. A fail with a reason that says so is any
-    other value (shown), an error (as it is), and a change of the state, which is put back as it was `before`.
+    Only True, returned, is a pass, and only False is a fail without a reason. Any other value is a fail, with a reason
+    that shows it; so is an error, which is itself the reason; and so is a change of the state, which is put back as it
+    was `before`.
     """
     before, environment.over = pickle.dumps(environment.state), False  # to be looked at through the tools once more
     with jail.session(environment, replica) as session:
