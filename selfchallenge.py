@@ -286,8 +286,11 @@ def near_duplicates(a: set[str], b: set[str]) -> bool:
 # ---------------------------------------------------------------------------------------------------
 # what a run leaves, and how it goes on
 
+RECORDS = ("tasks.jsonl", "rejected.jsonl", "metrics.jsonl", "trajectories.jsonl")  # the files that grow line by line
+
+
 class Run:
-    """A run's folder: lines are appended to its files, and a checkpoint remembers up to where they count.
+    """A run's folder: lines are appended to its RECORDS, and a checkpoint remembers up to where they count.
 
     `progress` is plain data: how far each phase has come, and what it has cost. A checkpoint holds it with the
     adapter's weights, the optimizer's state and the length of every file. To resume is to load it and to cut each file
@@ -314,12 +317,12 @@ class Run:
                     raise
                 raise ValueError(f"the checkpoint {self.checkpoint} is damaged or belongs to another model; "
                                  "start a new run") from error
-        elif any((folder / name).exists() for name in ("tasks.jsonl", "rejected.jsonl", "metrics.jsonl")):
+        elif any((folder / name).exists() for name in RECORDS):
             raise ValueError(f"{folder} has lost its checkpoint, so it cannot be continued; start a new run")
         for name, size in sizes.items():
             if not (folder / name).exists() or (folder / name).stat().st_size < size:
                 raise ValueError(f"{folder / name} has lost lines, so the run cannot be continued; start a new run")
-        for file in folder.glob("*.jsonl"):
+        for file in filter(Path.exists, map(folder.joinpath, RECORDS)):
             os.truncate(file, sizes.get(file.name, 0))
         self.clock = time.monotonic()  # at the last checkpoint
 
@@ -332,9 +335,13 @@ class Run:
         before, self.clock = self.clock, time.monotonic()
         seconds[phase] = seconds.get(phase, 0.0) + self.clock - before
         memory[phase] = max(memory.get(phase, 0), peak_memory())
+        records = list(filter(Path.exists, map(self.folder.joinpath, RECORDS)))
+        for path in records:  # must be on the disk first, or after a power failure they might be shorter than it says
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
         state = {
             "progress": self.progress,
-            "files": {path.name: path.stat().st_size for path in sorted(self.folder.glob("*.jsonl"))},
+            "files": {path.name: path.stat().st_size for path in records},
             "adapter": {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad},
             "optimizer": self.optimizer.state_dict(),
         }

@@ -43,7 +43,7 @@ import traceback
 import types
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Callable, Iterable, Iterator
 
 from tqdm import tqdm
@@ -608,8 +608,11 @@ class Jail(contextlib.AbstractContextManager):
             server.close()
 
     def session(self, environment: Environment | None, replica: int = 0) -> "Session":
-        """Return a session for one untrusted author on this environment; `replica` picks the server."""
-        return Session(self, environment, self.servers[replica % 2])
+        """Return a session for one untrusted author on this environment.
+
+        `replica` picks the server; what the jail remembers of one replica it does not take for another's reply.
+        """
+        return Session(self, environment, replica)
 
     def probe(self) -> dict[str, bool]:
         """Return, for each thing that a child of the jail just tried, whether the system refused it."""
@@ -649,8 +652,8 @@ class Session(contextlib.AbstractContextManager):
     crashes is ended, and the next action begins with another.
     """
 
-    def __init__(self, jail: Jail, environment: Environment | None, server: ForkServer):
-        self.jail, self.environment, self.server = jail, environment, server
+    def __init__(self, jail: Jail, environment: Environment | None, replica: int):
+        self.jail, self.environment, self.replica = jail, environment, replica
         self.channel: socket.socket | None = None  # to the child, while there is one
         self.close()
 
@@ -661,7 +664,7 @@ class Session(contextlib.AbstractContextManager):
         """End the child, if there is one, and begin with an empty past."""
         self.actions = 0  # that were begun
         self.untold: list[tuple[bytes, bytes | None]] = []  # messages that the child still has to be told, its replies
-        self.past = hashlib.sha256(b"%d\n" % self.server.seed)  # of the seed and all messages, for the jail's memory
+        self.past = hashlib.sha256(b"%d\n" % self.replica)  # of all messages, too, for the jail's memory
         self.remembers = True  # as long as no code mentions time
         if self.channel is not None:
             self.channel.close()
@@ -714,7 +717,7 @@ class Session(contextlib.AbstractContextManager):
         self.untold.append((message, line))
         if line is None:
             if self.channel is None:
-                self.control, self.pid, self.channel = self.server.child()
+                self.control, self.pid, self.channel = self.jail.servers[self.replica % 2].child()
                 self.deadline = time.monotonic() + self.actions * self.jail.seconds  # for the actions before, too
             for untold, remembered in self.untold:
                 line = self.exchange(untold)
@@ -894,9 +897,8 @@ def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
         except TaskError as rejection:
             raise TaskError(rejection.stage, f"with another random seed, {rejection.reason}") from None
         environment, answer = what_is_left(jail, task, 0, "the example solution", task.solution)
-        for number in range(REPEATS):  # with a comment, or the jail would only remember the verdict
-            again = replace(task, evaluate=f"{task.evaluate}\n# {number}")
-            if not accepts(jail, again, number, "the example solution", environment, answer):
+        for replica in range(2, 2 + REPEATS):
+            if not accepts(jail, task, replica, "the example solution", environment, answer):
                 raise TaskError("solution", "the evaluation passes the example solution, but not every time")
     except TaskError as rejection:
         return Judgement(False, rejection.stage, rejection.reason, time.monotonic() - start)

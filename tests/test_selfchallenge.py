@@ -299,6 +299,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(whole, tmp_path):
     run = tmp_path / "runs" / "a"
     interrupt(tmp_path, [*SMALL, "--name", "a"], "rejected.jsonl", 1)
     assert not (run / "metrics.jsonl").exists()
+    (run / "mine.jsonl").write_text("what a user keeps beside them\n")
     interrupt(tmp_path, ["--resume", str(run)], "metrics.jsonl", 2)
     assert not (run / "report.html").exists()
     seconds = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["progress"]["wall_s"]
@@ -307,6 +308,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(whole, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     for file in COMPARED:
         assert (run / file).read_bytes() == (whole / file).read_bytes(), file
+    assert (run / "mine.jsonl").read_text() == "what a user keeps beside them\n"
     ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (run, whole))
     assert all(ours[key] == theirs[key] for key in ("before", "after", "filter"))
     assert ours["wall_s"]["train"] > seconds["train"] and ours["wall_s"]["challenge"] == round(seconds["challenge"], 1)

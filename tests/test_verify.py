@@ -290,12 +290,16 @@ def test_the_evaluation_is_repeated_in_children_that_are_not_remembered(jail, mo
     seen = []
 
     def flipping(jail, task, environment, answer, replica=0):
-        seen.append(task.evaluate)
+        seen.append(replica)
         return verify.Verdict(next(replies))
     monkeypatch.setattr(verify, "evaluate", flipping)
     judgement = judge(jail, CALCULATOR)
     assert judgement.stage == "solution" and "not every time" in judgement.reason
-    assert len(seen) == 11 and len(set(seen)) == 2  # two whole checks, and one with a comment
+    assert seen == [0] * 5 + [1] * 5 + [2]  # two whole checks, and an evaluation of a replica of its own
+
+
+def test_the_longest_evaluation_that_is_allowed_is_judged_like_any_other(jail):
+    assert judge(jail, change(CALCULATOR, evaluate=CALCULATOR.evaluate + "\n" + "#" * (65_535 - len(CALCULATOR.evaluate)))).ok
 
 
 def test_a_solution_that_depends_on_chance_is_rejected(jail):
