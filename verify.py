@@ -507,11 +507,11 @@ NONSENSE = "the code wrote to a pipe that is not its own"
 
 
 def inside(statement: str) -> list[str]:
-    """Return the command of a process that holds the text INSIDE THE JAIL and what it imports, and runs a statement."""
-    with open(__file__, encoding="utf-8") as file:
-        source = file.read().partition("\n# INSIDE")[2].partition("\n# OUTSIDE")[0]
+    """Return the command of a process that executes the text INSIDE THE JAIL, with what it imports, and a statement."""
     imports = f"import sys; sys.path.remove(''); import {', '.join(MODULES)}; from typing import Any, Callable"
-    return [sys.executable, "-s", "-S", "-B", "-c", f"{imports}\n#{source}\n{statement}"]  # -I ignores the hash seed
+    text = f"open({__file__!r}, encoding='utf-8').read().partition('\\n# INSIDE')[2].partition('\\n# OUTSIDE')[0]"
+    command = f"{imports}; exec('#' + {text}); {statement}"
+    return [sys.executable, "-s", "-S", "-B", "-c", command]  # -I ignores the hash seed
 
 
 class ForkServer:

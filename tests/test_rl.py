@@ -909,7 +909,7 @@ def test_a_gated_model_is_one_sentence(tmp_path):
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
         done = subprocess.run([sys.executable, rl.__file__, "--tasks", os.devnull, "--model", "acme/gated", "--out", str(tmp_path / "out")],
-                              capture_output=True, text=True, env=environment, timeout=120)
+                              capture_output=True, text=True, env=environment, timeout=600)
         hub.shutdown()
     assert done.returncode == 2 and "gated repo" in done.stderr and "hf auth login" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

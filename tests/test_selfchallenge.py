@@ -38,7 +38,7 @@ def held_out():
 
 def command(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(ROOT / "selfchallenge.py"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=240, **options
+        [sys.executable, str(ROOT / "selfchallenge.py"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=600, **options
     )
 
 
@@ -257,7 +257,7 @@ def test_no_task_of_an_unfiltered_pool_leaks(jail, tmp_path, held_out):
 
 def test_the_kept_tasks_pass_the_filter_again(whole):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "verify.py"), str(whole / "tasks.jsonl")], capture_output=True, text=True, timeout=120
+        [sys.executable, str(ROOT / "verify.py"), str(whole / "tasks.jsonl")], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0 and all(json.loads(line)["ok"] for line in done.stdout.splitlines())
 
@@ -265,7 +265,7 @@ def test_the_kept_tasks_pass_the_filter_again(whole):
 def test_the_saved_adapter_scores_what_the_trained_policy_scored(whole):
     done = subprocess.run(
         [sys.executable, str(ROOT / "eval.py"), "--suite", "shop", "--adapter", str(whole / "adapter"), "--trials", "1", "--parallel", "12", "--json"],
-        capture_output=True, text=True, timeout=240,
+        capture_output=True, text=True, timeout=600,
     )
     results = json.loads(done.stdout)
     assert results["shop"].pop("setting")["adapter"] == str(whole / "adapter")
@@ -283,13 +283,13 @@ def interrupt(folder: Path, arguments: list[str], name: str, lines: int) -> None
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job may be deaf to Ctrl-C
     )
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         if (run / name).exists() and len((run / name).read_text().splitlines()) >= lines:
             break
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130, errors[-2000:]
     assert "--resume" in errors and "Traceback" not in errors
 
@@ -340,7 +340,7 @@ def test_a_configuration_that_is_none_is_one_sentence(tmp_path, here):
 def test_an_interrupt_while_the_libraries_are_loaded_is_one_sentence(tmp_path, script):
     """A stand-in for torch, which presses Ctrl-C when it is imported."""
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    result = subprocess.run([sys.executable, str(ROOT / f"{script}.py")], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    result = subprocess.run([sys.executable, str(ROOT / f"{script}.py")], cwd=tmp_path, capture_output=True, text=True, timeout=600,
                             env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert result.returncode == 1 and result.stderr == "interrupted; nothing was begun\n"
 

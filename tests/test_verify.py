@@ -379,7 +379,7 @@ def test_a_judgement_does_not_wait_for_tasks_that_are_still_to_come(jail):
 
 
 def command(*arguments, **options):
-    return subprocess.run([sys.executable, VERIFY, *arguments], capture_output=True, timeout=60, **options)
+    return subprocess.run([sys.executable, VERIFY, *arguments], capture_output=True, timeout=600, **options)
 
 
 def test_the_command_line_judges_every_line_whatever_the_others_are(tmp_path):
@@ -414,10 +414,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_system_without_seccomp_needs_the_flag(tmp_path):
     (tmp_path / "tasks.jsonl").write_text(SHOP.to_json())
     arguments = [sys.executable, "-c", WITHOUT_SECCOMP, str(VERIFY), "tasks.jsonl"]
-    refused = subprocess.run(arguments, capture_output=True, cwd=tmp_path, timeout=60)
+    refused = subprocess.run(arguments, capture_output=True, cwd=tmp_path, timeout=600)
     assert refused.returncode == 2 and refused.stdout == b"" and refused.stderr.count(b"\n") == 1, refused.stderr
     assert b"--allow-weak-jail" in refused.stderr
-    weak = subprocess.run(arguments + ["--allow-weak-jail"], capture_output=True, cwd=tmp_path, timeout=60)
+    weak = subprocess.run(arguments + ["--allow-weak-jail"], capture_output=True, cwd=tmp_path, timeout=600)
     assert weak.returncode == 0 and json.loads(weak.stdout)["ok"] and weak.stderr.startswith(b"jail: WEAK"), weak.stderr
 
 
@@ -455,7 +455,7 @@ def test_an_interrupt_is_one_sentence(tmp_path):
     )
     assert json.loads(process.stdout.readline())["ok"]
     process.send_signal(2)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130 and b"interrupted" in errors and b"Traceback" not in errors
 
 
@@ -464,5 +464,5 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     process = subprocess.Popen([sys.executable, VERIFY, "tasks.jsonl"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
-    process.wait(timeout=60)
+    process.wait(timeout=600)
     assert b"Traceback" not in process.stderr.read() and process.returncode == 1
