@@ -481,7 +481,9 @@ def results_section(groups: dict[str, list[dict]]) -> str:
     head = legend((classes, name) for classes, name, _ in series) + f"<div class=charts>{charts}</div>"
     if sum(map(len, groups.values())) > 1:
         each = table(["run", "seed", "group", *COLUMNS], rows)
-        return f"{head}<details><summary>Each run</summary>{each}</details>"
+        return (f"{head}<details><summary>Each run</summary>{each}</details><p class=note>Bars are means over the runs of "
+                "a group, ± is over its runs if it has several. All but these results and the learning curve is about the "
+                "run named above.</p>")
     return head + table(COLUMNS, [row[3:] for row in rows]) if charts else ""
 
 
@@ -653,19 +655,18 @@ pre { margin: 0; padding: .65rem .8rem; border-radius: 6px; background: var(--pa
 <h2>Held-out tasks, before and after</h2>
 <p class=note>Hand-written tasks that occur nowhere in training; per cent, ± one standard error over tasks. Pass@1: one
 sampled trial; Pass@4: at least one of four; pass^4: all four; greedy: the most likely behaviour. Doing nothing should
-pass no task, the reference solution every task. A change below two standard errors may be noise. Where several runs are
-compared, bars are means over the runs of a group, ± is over its runs if it has several, and all but these results and
-the learning curve is about the run named above.</p>
+pass no task, the reference solution every task. A change below two standard errors may be noise.</p>
 $results
 <h2>The filter</h2>
 <p class=note>The challenger's attempts, and the share that survives each stage. Few survivors are normal: of an 8B
-model's tasks on Retail the paper kept 5 %. Many duplicates mean that the challenger has run out of ideas.</p>
+model's tasks on Retail the paper kept 5 %. Many duplicates mean that the challenger has run out of ideas. (With
+--no-filter nothing is rejected but what cannot be read, held-out tasks and duplicates.)</p>
 $funnel
 <h3>Why tasks were rejected</h3>
 $rejections
 <h2>Learning curve</h2>
-<p class=note>On the training tasks; whether it carries over to unseen ones is what the held-out suites say. Of several
-runs each is thin, and the mean of a group thick, as far as its shortest run goes.</p>
+<p class=note>On the training tasks; whether it carries over to unseen ones is what the held-out suites say. Thin lines
+are runs, thick ones the mean of a group, as far as its shortest run goes.</p>
 $learning
 <h3>First and last step, and what is normal</h3>
 <div class=charts>$figures</div>
