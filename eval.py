@@ -49,8 +49,8 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from rl import (  # noqa: E402
-    Policy, add_rollout_options, advice_on_memory, append_lines, executor, load_policy, natural, positive, prepare,
-    read_tasks, record, rollout, rollout_limits, seeded, versions,
+    Help, Policy, add_rollout_options, advice_on_memory, append_lines, executor, load_policy, natural, positive,
+    prepare, read_tasks, record, rollout, rollout_limits, seeded, versions,
 )
 from tools import ENVIRONMENTS, BenchmarkEnvironment, Environment, make_environment  # noqa: E402
 from verify import CodeAsTask, FormatError, Jail, Verdict, evaluate, guarded, parse_step  # noqa: E402
@@ -481,9 +481,9 @@ def results_section(groups: dict[str, list[dict]]) -> str:
     head = legend((classes, name) for classes, name, _ in series) + f"<div class=charts>{charts}</div>"
     if sum(map(len, groups.values())) > 1:
         each = table(["run", "seed", "group", *COLUMNS], rows)
-        return (f"{head}<details><summary>Each run</summary>{each}</details><p class=note>Bars are means over the runs of "
-                "a group, ± is over its runs if it has several. All but these results and the learning curve is about the "
-                "run named above.</p>")
+        return (f"{head}<details><summary>Each run</summary>{each}</details><p class=note>Bars are means over the runs of a "
+                "group, ± is over its runs if it has several. Below, all but the learning curve is about the run named "
+                "above.</p>")
     return head + table(COLUMNS, [row[3:] for row in rows]) if charts else ""
 
 
@@ -738,8 +738,8 @@ def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[l
 
 def main() -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
     add = parser.add_argument
     add("--suite", nargs="+", default=list(SUITES), metavar="NAME", help=f"some of {', '.join(ENVIRONMENTS)}")
     add("--policy", default="tiny", help="a model folder or hub name, or a baseline: nothing or reference")
@@ -750,9 +750,9 @@ def main() -> int:
     add("--episodes", type=Path, metavar="FILE",
         help="write the episodes here, --parallel at a time; those in it already are not played again")
     add("--json", action="store_true", help="print one JSON object, {suite: numbers}, instead of the table")
-    add_rollout_options(parser)
     add("--report", metavar="RUN", type=Path, nargs="+",
         help="only rebuild report.html in the folder of the first run; with several, it begins with their comparison")
+    add_rollout_options(parser)
     arguments = parser.parse_args()
 
     def work() -> None:

@@ -1092,9 +1092,16 @@ def positive(text: str) -> int:
     return number
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """What --help prints: with the defaults of the options that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of loading, rollouts and training; their defaults are those of the embedded model."""
-    add = parser.add_argument
+    add = parser.add_argument_group("the policy and its training").add_argument
     add("--model", default="tiny", help="a model folder or a hub name")
     add("--seed", type=natural, default=0, help="determines everything that is random")
     add("--steps", type=natural, default=20, help="gradient steps")
@@ -1111,22 +1118,21 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_rollout_options(parser: argparse.ArgumentParser) -> None:
-    """Add the limits of a rollout, and what is to happen where the jail is weak."""
-    add = parser.add_argument
+    """Add the limits of a rollout, what is to happen where the jail is weak, and who plays users."""
+    add = parser.add_argument_group("rollouts").add_argument
     add("--parallel", type=positive, default=192, help="episodes played side by side; fewer need less memory")
     add("--turn-tokens", type=positive, default=176, help="a turn is cut after so many tokens")
     add("--context", type=positive, default=512, help="an episode ends at so many tokens")
     add("--allow-weak-jail", action="store_true", help="run code even where the jail cannot close files and network")
-    add_benchmark_options(parser)
     add("--user-endpoint", metavar="URL", help="an OpenAI-compatible API whose model plays users (key: OPENAI_API_KEY)")
     add("--user-model", metavar="NAME", help="the model there; without an endpoint the policy's base plays the users")
+    add_benchmark_options(parser)
 
 
 def main() -> int:
     """Train on the tasks of a file; return the exit status."""
     parser = argparse.ArgumentParser(
-        description="Train a policy on a file of tasks.", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description="Train a policy on a file of tasks.", allow_abbrev=False, formatter_class=Help)
     add = parser.add_argument
     add("--tasks", type=Path, help="task lines, such as runs/<name>/tasks.jsonl")
     add("--fit", metavar="MODEL", help="only say which context and how many episodes of a model fit on a GPU")

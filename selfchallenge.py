@@ -37,7 +37,7 @@ from tqdm import tqdm  # noqa: E402
 
 from eval import BenchmarkTask, SUITES, SURVIVED, continued, evaluate_policy, format_table, load_suite  # noqa: E402
 from eval import setting_of, write_report  # noqa: E402
-from rl import Episode, Policy, add_training_options, advice_on_memory, append_lines, load_policy  # noqa: E402
+from rl import Episode, Help, Policy, add_training_options, advice_on_memory, append_lines, load_policy  # noqa: E402
 from rl import is_out_of_memory, make_optimizer, natural, positive, prepare, record, rollout  # noqa: E402
 from rl import rollout_limits, save_adapter, seeded, train, versions  # noqa: E402
 from tools import ENVIRONMENTS, Environment, endpoint_model, make_environment  # noqa: E402
@@ -506,7 +506,7 @@ def sort_out(episode: Challenger, kept: list[tuple[str, set[str]]], held_out: He
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options on the command line or, with --resume, the run's own. Raises ValueError if there is none."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
     add = parser.add_argument
     add("--env", nargs="+", default=list(SUITES), choices=list(ENVIRONMENTS), metavar="NAME",
         help="environments to train and be measured on")

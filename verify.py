@@ -960,7 +960,7 @@ def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int
 
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that name the user's checkouts of the benchmarks."""
-    add = parser.add_argument
+    add = parser.add_argument_group("benchmarks").add_argument
     add("--m3tooleval", metavar="PATH", help="a checkout of M3ToolEval, for calculation and web")
     add("--tau-bench", metavar="PATH", help="a checkout of TauBench, for retail and airline")
     add("--any-version", action="store_true", help="take the checkouts as they are, whatever their version")
