@@ -481,8 +481,8 @@ def results_section(groups: dict[str, list[dict]]) -> str:
     head = legend((classes, name) for classes, name, _ in series) + f"<div class=charts>{charts}</div>"
     if sum(map(len, groups.values())) > 1:
         each = table(["run", "seed", "group", *COLUMNS], rows)
-        note = ("Bars are means over the runs of a group, ± is over its runs if it has several. Below, all but the learning "
-                "curve is about the run named above.")
+        note = ("Bars are means over the runs of a group, ± is over its runs if it has several. Below, all but the "
+                "learning curve is about the run named above.")
         return f"{head}<details><summary>Each run</summary>{each}</details><p class=note>{note}</p>"
     return head + table(COLUMNS, [row[3:] for row in rows]) if charts else ""
 

@@ -311,7 +311,7 @@ class Executor(Episode):
     """
 
     max_steps = MAX_STEPS
-    when, answer_is = "the task is done", "the final answer alone, or the word done"
+    when, answer_is = "the task is done", "the final answer alone, a list or dict as JSON; or the word done"
 
     def __init__(self, jail: Jail, task: Any, evaluator: Callable[..., Verdict] = evaluate):
         super().__init__(jail, task.env, task.seed)
@@ -729,7 +729,8 @@ def advantages(rewards: Tensor, baseline: str = "leave-one-out") -> Tensor:
                    does not depend on rollout i. A group whose rewards are all equal has A = 0: no signal.
     none:          b_i = 0, A = r: the paper's rejection fine-tuning, only successes carry gradient.
 
-    NaN is the reward of a rollout that does not count: its A is 0, and it enters no baseline.
+    NaN is the reward of a rollout that does not count: its A is 0, and it enters no baseline. Where there are no others
+    that count, A is 0 as well.
     """
     if baseline == "none":
         return rewards.nan_to_num(0.0)

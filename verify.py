@@ -7,7 +7,7 @@ runs, the solution passes the evaluation, and no failure case does.
 Departures from the paper, and why:
 - `evaluate(answer)` replaces `<expected_output>`, so that all worlds share one format.
 - Doing nothing must fail as well: a task that asks for nothing rewards every executor.
-- What the filter would keep is judged once more with another random seed, and evaluated four times more. `evaluate`
+- What the filter would keep is judged once more with another random seed, and its solution four times more. `evaluate`
   must leave the state alone: a verdict that depends on chance, or that brings about what it checks, does not count.
 - The paper does not say how code is isolated. Here the state stays in this process, and code runs in
   a child that can only compute and talk through one pipe: a tool call goes out as data, and its
@@ -57,8 +57,8 @@ LINE_BYTES = 1024 * 1024         # in a line of a task file
 ANSWER_CHARACTERS = 4_000        # in a final answer
 OBSERVATION_CHARACTERS = 4_000   # that a model sees of the output of an action
 TOOL_CALLS = 1_000               # in an action
-REPEATS = 4                      # of the evaluation of a solution, before its task is kept
-REPLIES = 100_000                # that a jail remembers
+REPEATS = 4                      # of a solution and its evaluation, before the task is kept
+REPLIES = 20_000                 # that a jail remembers
 REPLY_BYTES = 8_192              # of the longest that it does, with the message before it
 
 
@@ -154,10 +154,10 @@ class Step:
 def parse_step(text: str) -> Step:
     """Return the step in a model's text, whose thought may be missing; raises FormatError, with REMINDER, otherwise.
 
-    Only what the text begins with is a thought, and `ACTION:` within it is not an action yet, not even if the thought
-    never ends; `ANSWER:` within an action is a part of its code. Other words may stand before and after the one action
-    or answer, but no second one. An answer may be empty; an action, without its indentation and fence (`strip_fence`),
-    may not. No part has white space around it.
+    Only what the text begins with, save for white space, is a thought, and `ACTION:` within it is not an action yet, not
+    even if the thought never ends; `ANSWER:` within an action is a part of its code. Other words may stand before and
+    after the one action or answer, but no second one. An answer may be empty; an action, without its indentation and
+    fence (`strip_fence`), may not. No part has white space around it.
     """
     ### BEGIN SOLUTION
     thought, rest = "", text
@@ -366,7 +366,7 @@ def end(pid: int) -> None:
 
 MESSAGE_BYTES = 1024 * 1024   # in a message on the pipe
 PRINTED_CHARACTERS = 20_000   # kept of the output of an action
-ERROR_CHARACTERS = 1_000      # kept of the end of a traceback
+ERROR_CHARACTERS = 1_000      # kept of a traceback, half of them at its beginning
 NESTING = 50                  # levels of lists and dicts in plain data
 LARGEST = 10**300             # number in plain data, as which an int can still become a float
 ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of an object, which differs from process to process
@@ -382,7 +382,7 @@ def live(channel: int) -> None:
         sys.stdout = sys.stderr = printed = Printed()
         file, error, value = f"<action {number}>", None, None
         try:
-            linecache.cache[file] = (0, None, request["code"].splitlines(keepends=True), file)  # for tracebacks
+            linecache.cache[file] = (0, None, request["code"].split("\n"), file)  # for tracebacks
             exec(compile(request["code"], file, "exec", dont_inherit=True), variables)
             arguments = request["arguments"]
             value = variables.get("result") if arguments is None else call_evaluate(variables, arguments)
@@ -434,7 +434,9 @@ def explain(failure: BaseException) -> str:
     lines = [f"{frame.filename}, line {frame.lineno}: {frame.line}\n" for frame in frames[-3:]]
     text = "".join(lines + traceback.format_exception_only(failure)).strip()
     text += f" (of {MEMORY_BYTES // 2**20} MB)" if isinstance(failure, MemoryError) else ""
-    return text[-ERROR_CHARACTERS:].encode(errors="replace").decode()
+    if len(text) > ERROR_CHARACTERS:
+        text = f"{text[:ERROR_CHARACTERS // 2]} … {text[-ERROR_CHARACTERS // 2:]}"
+    return text.encode(errors="replace").decode()
 
 
 Refusal = type("ToolError", (Exception,), {"__module__": "builtins"})  # so that a traceback shows the bare name
@@ -691,8 +693,9 @@ class Session(contextlib.AbstractContextManager):
         try:
             return self.converse(message)
         except ChildLost as loss:
+            lost = "; the variables of earlier actions are lost" if self.actions > 1 else ""
             self.close()
-            return Outcome("", f"{loss}; the variables of earlier actions are lost")
+            return Outcome("", f"{loss}{lost}")
 
     def converse(self, message: bytes) -> Outcome:
         """Send a request, then the result of each tool call that is the reply; return the outcome that is the last."""
@@ -720,6 +723,8 @@ class Session(contextlib.AbstractContextManager):
                 self.control, self.pid, self.channel = self.jail.servers[self.replica % 2].child()
                 self.deadline = time.monotonic() + self.actions * self.jail.seconds  # for the actions before, too
             for untold, remembered in self.untold:
+                if remembered is None:  # what is new has no more time than ever
+                    self.deadline = min(self.deadline, time.monotonic() + self.jail.seconds)
                 line = self.exchange(untold)
                 if remembered not in (None, line):
                     raise ChildLost("the code does not do the same again")
@@ -807,10 +812,12 @@ class Judgement:
 
 
 def as_answer(value: Any) -> Any:
-    """Return a final answer as data: text that is JSON becomes what it says, so that "36" equals 36."""
+    """Return a final answer as data: text that is JSON, or True, False or None, becomes what it says, "36" the 36."""
     if not isinstance(value, str):
         return value
     text = value.strip()[:ANSWER_CHARACTERS].encode(errors="replace").decode()
+    if text in (words := {"True": True, "False": False, "None": None}):
+        return words[text]
     try:
         data = plain(json.loads(text))
     except (ValueError, RecursionError):
@@ -822,7 +829,7 @@ def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any
     """Return the verdict of a task on an environment's state and a final answer; the state stays as it is.
 
     Only True, returned, is a pass, and only False is a fail without a reason. Any other value is a fail, with a reason
-    that shows it; so is an error, which is itself the reason; and so is a change of the state, which is put back as it
+    that shows its repr; so is an error, which is itself the reason; and so is a change of the state, which is put back as it
     was `before`.
     """
     before, environment.over = pickle.dumps(environment.state), False  # to be looked at through the tools once more
@@ -833,7 +840,7 @@ def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any
         environment.state = untouched
         return Verdict(False, "evaluate changed the state, at which it may only look")
     if outcome.error is None and outcome.value is not True and outcome.value is not False:
-        return Verdict(False, f"evaluate returned {str(outcome.value)[:80]!r} instead of True or False")
+        return Verdict(False, f"evaluate returned {outcome.value!r:.80} instead of True or False")
     return Verdict(outcome.value is True, outcome.error)
     ### END SOLUTION
 
@@ -859,21 +866,23 @@ def accepts(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: 
 def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
     """Raise TaskError unless all code runs, the solution passes, and neither a failure case nor doing nothing does.
 
-    The stage is the first that applies: "runs" if any code breaks, or the evaluation after the solution or, where the
-    solution passes, after a failure case; "solution"; "failures", whose reason names the first that passes: "failure
-    case 2", or "doing nothing". To do nothing is to leave a fresh state and the answer None: an evaluation that breaks
-    there has not passed it.
+    All of it runs on the server that `replica` picks. The stage is the first that applies: "runs" if any code breaks, or
+    the evaluation after the solution or, where the solution passes, after a failure case; "solution"; "failures", whose
+    reason names the first that passes: "failure case 2", or "doing nothing". To do nothing is to leave a fresh state and
+    the answer None: an evaluation that breaks there has not passed it.
     """
     ### BEGIN SOLUTION
     what, passing = "the example solution", []
-    solved = accepts(jail, task, replica, what, *what_is_left(jail, task, replica, what, task.solution))
+    environment, answer = what_is_left(jail, task, replica, what, task.solution)
+    solved = accepts(jail, task, replica, what, environment, answer)
     for code in dict.fromkeys(task.failures):  # models repeat themselves
         what = f"failure case {task.failures.index(code) + 1}"
         state_and_answer = what_is_left(jail, task, replica, what, code)
         if solved and accepts(jail, task, replica, what, *state_and_answer):
             passing.append(what)
     if not solved:
-        raise TaskError("solution", "the example solution does not pass the evaluation")
+        given = f" with its answer {as_answer(answer)!r:.200}" if environment.answered else ""
+        raise TaskError("solution", f"the example solution does not pass the evaluation{given}")
     if not passing and evaluate(jail, task, make_environment(task.env, task.seed), None, replica).passed:
         passing.append("doing nothing")
     if passing:
@@ -884,8 +893,8 @@ def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
 def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
     """Return the filter's judgement of a task, or of a line of JSON that should hold one.
 
-    What is to be kept is checked once more by a server with another random seed, and its solution evaluated REPEATS
-    times more (what depends on chance, a clock or a process is no task).
+    What is to be kept is checked once more by a server with another random seed, and its solution run and evaluated
+    REPEATS times more (what depends on chance, a clock or a process is no task).
     """
     start = time.monotonic()
     try:
@@ -896,10 +905,10 @@ def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
             check(jail, task, replica=1)
         except TaskError as rejection:
             raise TaskError(rejection.stage, f"with another random seed, {rejection.reason}") from None
-        environment, answer = what_is_left(jail, task, 0, "the example solution", task.solution)
+        what = "the example solution"
         for replica in range(2, 2 + REPEATS):
-            if not accepts(jail, task, replica, "the example solution", environment, answer):
-                raise TaskError("solution", "the evaluation passes the example solution, but not every time")
+            if not accepts(jail, task, replica, what, *what_is_left(jail, task, replica, what, task.solution)):
+                raise TaskError("solution", f"{what} passes the evaluation, but not every time")
     except TaskError as rejection:
         return Judgement(False, rejection.stage, rejection.reason, time.monotonic() - start)
     return Judgement(True, "ok", "", time.monotonic() - start)
@@ -921,12 +930,12 @@ def judge_many(jail: Jail, tasks: Iterable[CodeAsTask | str], workers: int = 4) 
 # the command line (for a second reading)
 
 def read_lines(path: str) -> Iterator[str]:
-    """Yield the lines of a file, of one with more than LINE_BYTES only the beginning, which is then no JSON."""
+    """Yield the lines of a file; in place of one with more than LINE_BYTES, spaces, of which there are too many."""
     with open(path, "rb") as file:
         while line := file.readline(LINE_BYTES + 1):
             rest = line
             while len(rest) > LINE_BYTES and not rest.endswith(b"\n"):
-                rest = file.readline(LINE_BYTES + 1)
+                rest, line = file.readline(LINE_BYTES + 1), b" " * (LINE_BYTES + 1)
             yield line.removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")  # without a mark of UTF-8
 
 

@@ -3,11 +3,12 @@
     python tests/grade.py FOLDER...
 
 An exercise gets its points, which stand in COURSE.md, if all its tests pass. A folder that lacks a script is named and
-not graded, and the exit status is then 1. The scripts in a folder run as you:
-what you have not read, grade in a container.
+not graded, and the exit status is then 1. The scripts in a folder run as you: what you have not read, grade in a container.
+They could also forge their points, so lines that a student has changed outside the gaps are shown.
 """
 import argparse
 import contextlib
+import difflib
 import gc
 import io
 import multiprocessing
@@ -24,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 
-from make_assignment import ROOT, SCRIPTS, AssignmentError, all_exercises, make_copy
+from make_assignment import ROOT, SCRIPTS, AssignmentError, all_exercises, make_copy, scripts_with
 
 SECONDS = 60  # that the tests of an exercise may take
 
@@ -103,6 +104,18 @@ def points() -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"^\| \d+ \| `(\w+)` \|[^|]*\| (\d+) \|", handout, re.MULTILINE)}
 
 
+def outside_the_gaps(given: str, handed_in: str) -> list[str]:
+    """Return the lines of a script that a student has taken out (-) or added (+), save for the gaps and what stands there."""
+    ours, theirs = given.splitlines(), handed_in.splitlines()
+    changed = []
+    for kind, first, last, begin, end in difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
+        block = [] if kind == "equal" else ours[first:last]
+        gap = any("raise NotImplementedError(\"exercise" in line for line in block)
+        changed += [f"- {line}" for line in block if line.strip() and "raise NotImplementedError(\"exercise" not in line]
+        changed += [f"+ {line}" for line in theirs[begin:end] if line.strip() and kind != "equal" and not gap]
+    return changed
+
+
 def main() -> int:
     """Print a line for each exercise of each folder, and the sums; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -126,8 +139,13 @@ def main() -> int:
             ends = list(played[folder, name].values())
             solved = bool(ends) and set(ends) == {"passed"}
             total += worth[name] * solved
-            print(f"  {name:20} {worth[name] * solved:3} of {worth[name]:2} points, {ends.count('passed'):2} of {len(ends):2} tests passed")
+            why = ", ".join(sorted({*ends} - {"passed"})) or ("" if ends else f"it ended Python, or took over {SECONDS} s")
+            print(f"  {name:20} {worth[name] * solved:3} of {worth[name]:2} points, {ends.count('passed'):2} of {len(ends):2} tests passed"
+                  + f" ({why})" * bool(why))
         print(f"  {'in all':20} {total:3} of {sum(worth.values())} points")
+        for script, given in scripts_with({}).items():
+            for line in outside_the_gaps(given, (folder / script).read_text(encoding="utf-8", errors="replace")):
+                print(f"  {script}, outside the gaps: {line}")
     return int(any(missing.values()))
 
 

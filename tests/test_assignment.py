@@ -200,12 +200,17 @@ def test_a_copy_is_graded_by_the_teacher_s_tests(copy, tmp_path, monkeypatch, ca
     answers = {name: EXERCISES[name].solution for name in ("parse_step", "pass_at_k")}
     answers |= {"signal_share": "    return 0.5", "advantages": "    os._exit(0)"}
     for script, text in scripts_with(answers).items():
-        (folder / script).write_text(text)
+        (folder / script).write_text(text.replace("CHUNK_TOKENS = 512", "CHUNK_TOKENS = 10**9"))
     shutil.rmtree(folder / "tests")
     (tmp_path / "bob").mkdir()
     monkeypatch.setattr(sys, "argv", ["grade.py", str(tmp_path / "bob"), str(folder)])
     assert grade_main() == 1
     bob, not_graded, *lines = capsys.readouterr().out.splitlines()
     assert bob.endswith("bob") and "it has no" in not_graded and "rl.py" in not_graded
-    assert {line.split()[0] for line in lines[1:-1] if line.split()[1] != "0"} == {"parse_step", "pass_at_k"}
-    assert lines[-1].split()[:3] == ["in", "all", str(points()["parse_step"] + points()["pass_at_k"])]
+    graded, in_all, *changed = lines[1:11], *lines[11:]
+    assert {line.split()[0] for line in graded if line.split()[1] != "0"} == {"parse_step", "pass_at_k"}
+    reasons = {line.split()[0]: line.partition("(")[2] for line in graded}
+    assert not reasons["parse_step"] and "AssertionError" in reasons["signal_share"] and "ended Python" in reasons["advantages"]
+    assert reasons["extend"] == "NotImplementedError)"
+    assert in_all.split()[:3] == ["in", "all", str(points()["parse_step"] + points()["pass_at_k"])]
+    assert [line.split(" = ")[0].strip() for line in changed] == [f"rl.py, outside the gaps: {sign} CHUNK_TOKENS" for sign in "-+"]

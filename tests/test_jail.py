@@ -147,6 +147,13 @@ def test_an_error_names_the_line_and_shows_no_path_of_the_host(jail):
         error = session.run("divide(0)").error
     assert error == "<action 3>, line 1: divide(0)\n<action 1>, line 2: return 1 / x\nZeroDivisionError: division by zero"
     assert "/" not in run(jail, "x = = 1").error and "SyntaxError" in run(jail, "x = = 1").error
+    assert run(jail, "x = '\u2028'\ny = 'a\x0c'\n1 / 0").error.startswith("<action 1>, line 3: 1 / 0\n")
+
+
+def test_a_long_error_keeps_its_beginning_and_its_end(jail):
+    error = run(jail, "numbers = list(range(10_000))\nfloat(str(numbers))").error
+    assert error.startswith("<action 1>, line 2: float(str(numbers))\nValueError: could not convert string to float: '[0, 1")
+    assert " … " in error and error.endswith("9998, 9999]'") and len(error) < 1_100
 
 
 def test_common_modules_import_and_others_say_that_they_are_missing(jail):
@@ -189,6 +196,7 @@ def test_after_a_timeout_the_session_goes_on_without_its_variables(jail):
     with jail.session(make_environment("calculator", SEED)) as session:
         session.run("x = 1")
         assert "variables of earlier actions are lost" in session.run("while True: pass").error
+        assert session.run("while True: pass").error == "the code took longer than 1 seconds"  # of which there were none
         assert session.run("result = 'x' in globals()").value is False
         assert "NameError" in session.run("print(x)").error
         assert session.run("print(amount('tea'))").printed == f"{TEA}\n"
@@ -829,6 +837,18 @@ def test_a_child_that_is_started_late_is_told_all_that_came_before():
                 assert session.channel is not None
                 session.run("a += 1")
                 assert session.run("print(a)").printed == f"{TEA + 1}\n"
+
+
+def test_remembered_actions_lend_no_time_to_a_new_one():
+    with Jail(seconds=0.5) as jail:
+        for last in ("pass", "while True: pass"):  # in the second round a child is started for the last action only
+            with jail.session(None) as session:
+                for number in range(20):
+                    session.run(f"x = {number}")
+                start = time.monotonic()
+                outcome = session.run(last)
+        assert "longer than 0.5 seconds" in outcome.error
+        assert time.monotonic() - start < 5  # a generous bound: twenty actions' time would be 10 s
 
 
 def test_code_that_looks_at_a_clock_is_as_in_a_notebook():

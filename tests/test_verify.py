@@ -206,7 +206,7 @@ def test_a_bad_line_is_rejected_in_a_sentence(jail, line, reason):
 @pytest.mark.parametrize("value, answer", [
     ("36", 36), (" 36\n", 36), ("[1, 2.5]", [1, 2.5]), ("true", True), ('"tea"', "tea"), ("tea ", "tea"), ("", ""),
     ("NaN", "NaN"), ("[" * 3_000, "[" * 3_000), ("9" * 4_000, "9" * 4_000), ("x" * 9_000, "x" * 4_000), ("\ud800", "?"),
-    (36, 36), (None, None), ([1], [1]), ('{"a": 1}', {"a": 1}),
+    (36, 36), (None, None), ([1], [1]), ('{"a": 1}', {"a": 1}), ("True", True), (" False", False), ("None", None), ("['a']", "['a']"),
 ])
 def test_an_answer_becomes_data_and_stays_it(value, answer):
     assert as_answer(value) == answer and type(as_answer(value)) is type(answer)
@@ -231,15 +231,15 @@ REJECTED = {
     "solution exits": (change(SHOP, solution=SHOP.solution + "\nimport os; os._exit(0)"), "runs", "ended or crashed"),
     "evaluate raises": (change(SHOP, evaluate="def evaluate():\n    return 1 / 0"), "runs", "<action 1>, line 2: return 1 / 0"),
     "evaluate is missing": (change(SHOP, evaluate="check = 1"), "runs", "does not define evaluate"),
-    "evaluate returns no bool": (change(SHOP, evaluate="def evaluate(): return 1"), "runs", "returned '1' instead of True"),
-    "evaluate returns nothing": (change(SHOP, evaluate="def evaluate(): pass"), "runs", "returned 'None'"),
+    "evaluate returns no bool": (change(SHOP, evaluate="def evaluate(): return 1"), "runs", "returned 1 instead of True"),
+    "evaluate returns nothing": (change(SHOP, evaluate="def evaluate(): pass"), "runs", "returned None instead"),
     "a failure case raises": (change(SHOP, failures=SHOP.failures[:2] + ["return_order('W1')"]), "runs", "failure case 3"),
     "evaluate does the work": (
         change(SHOP, solution=SHOP.failures[2], evaluate=SHOP.failures[2] + "\ndef evaluate(): return bool(cancel_order(order))"),
         "runs", "changed the state"),
     "solution solves nothing": (change(SHOP, solution="print('done')"), "solution", "example solution does not pass"),
-    "solution gives the wrong answer": (change(CALCULATOR, solution="result = -1"), "solution", "example solution"),
-    "solution gives no answer": (change(CALCULATOR, solution="print(1)"), "solution", "example solution"),
+    "solution gives the wrong answer": (change(CALCULATOR, solution="result = -1"), "solution", "the evaluation with its answer -1"),
+    "solution gives no answer": (change(CALCULATOR, solution="print(1)"), "solution", "the evaluation with its answer None"),
     "a failure case passes": (change(SHOP, failures=SHOP.failures[:1] + [SHOP.solution] + SHOP.failures[1:]), "failures",
                               "failure case 2 passes"),
     "everything passes": (change(SHOP, evaluate="def evaluate(): return True"), "failures", "failure case 1 passes"),
@@ -285,17 +285,23 @@ def test_a_verdict_that_flips_by_a_chance_that_has_no_seed_is_rejected(jail, cha
 
 
 def test_the_evaluation_is_repeated_in_children_that_are_not_remembered(jail, monkeypatch):
-    """An evaluation that passes twice and then never again: what is judged twice alone is kept."""
-    evaluate, replies = verify.evaluate, iter([True, False, False, False, False, True, False, False, False, False, False])
-    seen = []
+    """An evaluation that passes three times and then never again: what is judged twice alone is kept."""
+    replies, what_is_left = iter([True, False, False, False, False] * 2 + [True, False]), verify.what_is_left
+    seen, solved = [], []
+
+    def recorded(jail, task, replica, what, code):
+        solved.append(replica)
+        return what_is_left(jail, task, replica, what, code)
 
     def flipping(jail, task, environment, answer, replica=0):
         seen.append(replica)
         return verify.Verdict(next(replies))
     monkeypatch.setattr(verify, "evaluate", flipping)
+    monkeypatch.setattr(verify, "what_is_left", recorded)
     judgement = judge(jail, CALCULATOR)
     assert judgement.stage == "solution" and "not every time" in judgement.reason
-    assert seen == [0] * 5 + [1] * 5 + [2]  # two whole checks, and an evaluation of a replica of its own
+    assert seen == [0] * 5 + [1] * 5 + [2, 3]  # two whole checks, then evaluations of replicas of their own ...
+    assert solved == [0] * 4 + [1] * 4 + [2, 3]  # ... after solutions of such
 
 
 def test_the_longest_evaluation_that_is_allowed_is_judged_like_any_other(jail):
@@ -386,13 +392,14 @@ def test_the_command_line_judges_every_line_whatever_the_others_are(tmp_path):
     lines = [line.encode() for line in (SHOP.to_json(), "no task", CALCULATOR.to_json(), "", REJECTED["everything passes"][0].to_json())]
     lines[0] = b"\xef\xbb\xbf" + lines[0]  # as some editors begin a file
     lines += [b"\xff\xfe\x00", b'{"env": "' + b"x" * 3 * LINE_BYTES + b'"}', SHOP.to_json().encode()]
+    lines += [SHOP.to_json().encode() + "\u3000".encode() * (LINE_BYTES // 2), SHOP.to_json().encode() + b" " * LINE_BYTES + b"no task"]
     (tmp_path / "tasks.jsonl").write_bytes(b"\n".join(lines))
     result = command("tasks.jsonl", cwd=tmp_path)
     judgements = [json.loads(line) for line in result.stdout.splitlines()]
     assert result.returncode == 0, result.stderr
-    assert [judgement["stage"] for judgement in judgements] == ["ok", "parse", "ok", "parse", "failures", "parse", "parse", "ok"]
+    assert [judgement["stage"] for judgement in judgements] == ["ok", "parse", "ok", "parse", "failures", "parse", "parse", "ok", "parse", "parse"]
     assert all(set(judgement) == {"ok", "stage", "reason", "seconds"} for judgement in judgements)
-    assert result.stderr.startswith(b"jail: ") and b"8 lines were judged, and 3 of these tasks would be kept" in result.stderr
+    assert result.stderr.startswith(b"jail: ") and b"10 lines were judged, and 3 of these tasks would be kept" in result.stderr
 
 
 WITHOUT_SECCOMP = """

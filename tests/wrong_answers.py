@@ -35,12 +35,20 @@ WRONG = {
         "the fence stays": altered("parse_step", ("strip_fence(content)", "content.strip()")),
         "an empty action is taken": altered("parse_step", (' or kind == "ACTION" and not content', "")),
         "the thought is the whole text": altered("parse_step", ("thought.strip()", "text.strip()")),
+        "a second action counts only if it follows at once": altered("parse_step", (
+            're.search(r"\\b(ACTION|ANSWER):", after)', 're.match(r"\\s*(ACTION|ANSWER):", after)')),
+        "an answer before the action is overlooked": altered("parse_step", (
+            're.search(r"\\b(ACTION|ANSWER):", rest)', '(re.search(r"\\b(ACTION):", rest) or re.search(r"\\b(ANSWER):", rest))')),
+        "a thought may begin anywhere": altered("parse_step", ('text.lstrip().startswith("THOUGHT:")', '"THOUGHT:" in text')),
+        "answers lose their fence as well": altered("parse_step", ('strip_fence(content) if kind == "ACTION" else content.strip()',
+                                                                   "strip_fence(content)")),
     },
     "evaluate": {
         "a verdict by exit code": "return Verdict(outcome.error is None, outcome.error)",
         "a verdict by printed text": 'return Verdict(outcome.value is True or "True" in outcome.printed, outcome.error)',
         "what counts as true passes": altered("evaluate", (" is True", ""), ("outcome.value is not True", "not outcome.value")),
         "what equals True passes": altered("evaluate", ("value is True", "value == True"), ("value is not True", "value != True")),
+        "what equals False is a fail without a reason": altered("evaluate", ("is not False", "!= False")),
         "no value is a fail without a reason": altered("evaluate", ("outcome.error is None and", "False and")),
         "the state may be changed": altered("evaluate", ("if environment.state !=", "if False and environment.state !=")),
         "the state is not put back": altered("evaluate", ("    environment.state = untouched\n", "")),
@@ -58,6 +66,12 @@ WRONG = {
             "evaluate(jail, task, make_environment(task.env, task.seed), None, replica).passed",
             "accepts(jail, task, replica, what, make_environment(task.env, task.seed), None)")),
         "the last one is named": altered("check", ("passing[0]", "passing[-1]")),
+        "the first failure case that passes ends the check": altered("check", (
+            "passing.append(what)\nif not", "raise TaskError('failures', f'{what} passes the evaluation')\nif not")),
+        "an evaluation that breaks after a failure case has failed it": altered("check", (
+            "accepts(jail, task, replica, what, *state_and_answer)", "evaluate(jail, task, *state_and_answer, replica).passed")),
+        "the evaluation must not break after an unsolved task's failure cases": altered("check", ("if solved and accepts(", "if accepts(")),
+        "always the first server": altered("check", ("replica, what", "0, what"), ("None, replica", "None, 0")),
     },
     "extend": {
         "every token is the agent's": altered("extend", ("[sampled] *", "[True] *")),
@@ -65,6 +79,7 @@ WRONG = {
         "off by one in the mask": altered("extend", ("[sampled] * len(tokens)", "([False] + [sampled] * len(tokens))[:len(tokens)]")),
         "log-probabilities of sampled tokens only": altered("extend", ("[0.0] * len(tokens)", "[]")),
         "one entry a turn": altered("extend", ("[sampled] * len(tokens)", "[sampled]"), ("[0.0] * len(tokens)", "[0.0]")),
+        "a mask of numbers, which would pick entries by their place": altered("extend", ("[sampled] *", "[int(sampled)] *")),
         "log-probabilities whoever spoke": altered("extend", ("logprobs if sampled", "logprobs if logprobs")),
     },
     "advantages": {
@@ -77,6 +92,7 @@ WRONG = {
         "the wrong sign": altered("advantages", ("rewards - others", "others - rewards")),
         "divided by K": altered("advantages", ("(count - 1)", "count")),
         "without a baseline": "return rewards.nan_to_num(0.0)",
+        "the rewards themselves are changed": "rewards[rewards.isnan()] = 0.0\n" + SOLUTIONS["advantages"],
         "what does not count is a failure": "rewards = rewards.nan_to_num(0.0)\n" + SOLUTIONS["advantages"],
         "what does not count spoils its group": "return rewards - (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)",
     },
@@ -106,6 +122,13 @@ WRONG = {
             "return torch.log_softmax(head(states).float() / temperature, -1).gather(1, tokens[:, None])[:, 0]"),
         "logits are kept for the gradient": altered("token_logprobs", (
             "checkpoint(logprobs, *chunk, use_reentrant=False)", "logprobs(*chunk)")),
+        "all chunks' logits at once in the backward pass": altered("token_logprobs", (
+            "torch.cat([checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks])",
+            "checkpoint(lambda: torch.cat([logprobs(*chunk) for chunk in chunks]), use_reentrant=False)"),
+            ("chunks = zip(states.split(CHUNK_TOKENS), tokens.split(CHUNK_TOKENS))",
+             "chunks = [*zip(states.split(CHUNK_TOKENS), tokens.split(CHUNK_TOKENS))]")),
+        "so many chunks instead of chunks of so many": altered("token_logprobs", (".split(", ".chunk(")),
+        "exponentials that overflow": altered("token_logprobs", ("logits.logsumexp(-1)", "logits.exp().sum(-1).log()")),
         "without the temperature": altered("token_logprobs", (" / temperature", "")),
         "zero gradient": altered("token_logprobs", ("head(states)", "head(states.detach())")),
         "not normalised": altered("token_logprobs", (" - logits.logsumexp(-1)", "")),
@@ -122,6 +145,9 @@ WRONG = {
         "divided by each length": altered("reinforce_step", (".sum() /", ".sum(1).div(agent.sum(1)).sum() /")),
         "the ratio without its cap": altered("reinforce_step", (".clamp(max=importance_cap)", "")),
         "the ratio upside down": altered("reinforce_step", ("(-difference)", "difference")),
+        "the inverse of the cap is a floor": altered("reinforce_step", ("(max=importance_cap)", "(1 / importance_cap, importance_cap)")),
+        "weighed even without a cap": altered("reinforce_step", (
+            "if importance_cap is not None:", "if True:"), ("max=importance_cap", "max=importance_cap or 1.0")),
         "the cap is a floor": altered("reinforce_step", ("max=importance_cap", "min=importance_cap")),
     },
     "pass_at_k": {

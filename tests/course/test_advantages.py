@@ -42,7 +42,9 @@ def test_a_group_of_equal_rewards_carries_no_signal_and_others_do():
 
 def test_a_rollout_that_does_not_count_has_no_advantage_and_enters_no_baseline():
     nan = math.nan
-    found = advantages(torch.tensor([[1.0, nan, 0.0, 0.0], [1.0, nan, 1.0, nan], [1.0, nan, nan, nan], [nan, nan, nan, nan]]))
+    rewards = torch.tensor([[1.0, nan, 0.0, 0.0], [1.0, nan, 1.0, nan], [1.0, nan, nan, nan], [nan, nan, nan, nan]])
+    before, found = rewards.clone(), advantages(rewards)
+    torch.testing.assert_close(rewards, before, equal_nan=True)  # they are needed once more
     torch.testing.assert_close(found, torch.tensor([[1.0, 0.0, -0.5, -0.5], [0.0] * 4, [0.0] * 4, [0.0] * 4]))
 
 

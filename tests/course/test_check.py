@@ -24,11 +24,16 @@ TASK = CodeAsTask(
 def check(jail, monkeypatch):
     """Return the function that gives a task, where an answer is judged by `says`, the stage and reason of its rejection."""
     def rejected(task: CodeAsTask, says: Callable[[Any, Any], Verdict] = lambda _, answer: Verdict(answer == TEA + 100)):
-        monkeypatch.setattr(verify, "evaluate", lambda jail, task, environment, answer, replica=0: says(environment, answer))
+        asked, session = set(), jail.session
+        monkeypatch.setattr(jail, "session", lambda environment, replica=0: asked.add(replica) or session(environment, replica))
+        monkeypatch.setattr(verify, "evaluate", lambda jail, task, environment, answer, replica=0: asked.add(replica) or says(environment, answer))
         try:
-            verify.check(jail, task, replica=0)
+            verify.check(jail, task, replica=1)
         except TaskError as rejection:
             return rejection.stage, rejection.reason
+        finally:
+            monkeypatch.undo()
+            assert asked == {1}  # all code ran on the server that was asked for
         return "survived", ""
     return rejected
 
@@ -79,10 +84,18 @@ def test_a_failure_case_must_run(check, number):
 def test_all_code_runs_before_it_matters_what_passes(check):
     assert check(change(solution="1 / 0"))[0] == "runs"
     assert check(change(solution="result = 1", failures=[*TASK.failures[:2], "1 / 0"]))[0] == "runs"
+    assert check(change(failures=[TASK.solution, TASK.failures[0], "1 / 0"]))[0] == "runs"
 
 
 def test_an_evaluation_that_breaks_after_the_solution_does_not_run(check):
     assert check(TASK, lambda *_: Verdict(False, "ZeroDivisionError"))[0] == "runs"
+
+
+def test_an_evaluation_that_breaks_after_a_failure_case_does_not_run_if_the_solution_passes(check):
+    says = lambda _, answer: Verdict(False, "ZeroDivisionError") if answer == 100 else Verdict(answer == TEA + 100)
+    stage, reason = check(TASK, says)
+    assert stage == "runs" and "failure case 2" in reason
+    assert check(change(solution="result = 1"), says)[0] == "solution"
 
 
 def test_every_code_and_doing_nothing_begin_in_a_fresh_state(check):

@@ -26,7 +26,7 @@ def test_true_is_a_pass_and_false_a_fail_without_a_reason(jail, shop):
         assert verdict.passed is value and verdict.reason is None
 
 
-@pytest.mark.parametrize("value", ["1", "'True'", "'passed'", "[True]", "1.0", "{'passed': True}"])
+@pytest.mark.parametrize("value", ["1", "0", "'False'", "'True'", "'passed'", "[True]", "1.0", "{'passed': True}"])
 def test_what_counts_as_true_is_not_true(jail, shop, value):
     verdict = evaluate(jail, task(f"def evaluate():\n    return {value}"), shop, None)
     assert verdict.passed is False and verdict.reason and value.strip("'") in verdict.reason

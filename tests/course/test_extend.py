@@ -14,6 +14,7 @@ def test_by_hand():
     trajectory.extend([8], True, [-1.0])
     assert trajectory.tokens == [1, 2, 3, 4, 5, 6, 7, 8]
     assert trajectory.mask == [False, False, True, True, True, False, False, True]
+    assert {*map(type, trajectory.mask)} == {bool}
     assert trajectory.logprobs == [0.0, 0.0, -0.5, -0.25, -2.0, 0.0, 0.0, -1.0]
 
 

@@ -11,6 +11,10 @@ from verify import FormatError, parse_step
     ("ANSWER: END ANSWER", "", "answer", ""),
     ("ANSWER: done END ANSWER and some more words", "", "answer", "done"),
     ("Well. ANSWER: 7 END ANSWER", "", "answer", "7"),
+    ("\n THOUGHT: an ACTION: f() END THOUGHT ANSWER: 5 END ANSWER", "an ACTION: f()", "answer", "5"),
+    ("Well. THOUGHT: a END THOUGHT ANSWER: 5 END ANSWER", "", "answer", "5"),
+    ("ACTION: print('THOUGHT: a') END ACTION", "", "action", "print('THOUGHT: a')"),
+    ("ANSWER: ```5``` END ANSWER", "", "answer", "```5```"),
 ])
 def test_a_step_is_read(text, thought, kind, content):
     step = parse_step(text)
@@ -43,6 +47,9 @@ def test_code_comes_without_fence_and_indentation(code):
     "ACTION: ```python\n``` END ACTION",
     "ACTION: f() END ACTION ACTION: g() END ACTION",
     "ACTION: f() END ACTION\nANSWER: 5 END ANSWER",
+    "ANSWER: 5 END ANSWER\nACTION: f() END ACTION",
+    "ACTION: f() END ACTION, and then ANSWER: 5 END ANSWER",
+    "action: f() END ACTION",
 ])
 def test_a_malformed_step_gets_the_reminder(text):
     with pytest.raises(FormatError, match="END ACTION and ANSWER"):

@@ -73,15 +73,15 @@ def test_it_does_not_matter_how_the_trajectories_are_split(step):
 
 
 def test_without_a_cap_nothing_is_weighed(step):
-    table = torch.full((3, 4), SAMPLER + math.log(3))
+    table = SAMPLER + torch.tensor([[2.0, 3.0, 0.25, 1.0]]).repeat(3, 1).log()
     _, gradient, _ = step([1.0, -0.5, 0.25], table)
     torch.testing.assert_close(gradient, -torch.tensor([[1.0], [-0.5], [0.25]]) * AGENT / 3)
 
 
 def test_the_importance_ratio_weighs_each_token_up_to_its_cap(step):
-    """The trainer finds tokens twice, three times, half and once as likely as the sampler did; the cap is 2.5."""
-    ratio = torch.tensor([[2.0, 3.0, 0.5, 1.0]]).repeat(3, 1)
+    """The trainer finds tokens twice, three times, a quarter and once as likely as the sampler did; the cap is 2.5."""
+    ratio = torch.tensor([[2.0, 3.0, 0.25, 1.0]]).repeat(3, 1)
     loss, gradient, _ = step([1.0, -0.5, 0.25], SAMPLER + ratio.log(), importance_cap=2.5)
-    weight = torch.tensor([[2.0, 2.5, 0.5, 1.0]]) * torch.tensor([[1.0], [-0.5], [0.25]])
+    weight = torch.tensor([[2.0, 2.5, 0.25, 1.0]]) * torch.tensor([[1.0], [-0.5], [0.25]])
     torch.testing.assert_close(gradient, -weight * AGENT / 3)  # the ratio is a number, no part of the gradient
     assert loss == pytest.approx(-(weight * AGENT * (SAMPLER + ratio.log())).sum().item() / 3)

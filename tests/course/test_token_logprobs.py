@@ -41,7 +41,7 @@ def test_no_more_than_a_chunk_goes_through_the_head_at_once(monkeypatch, states)
     monkeypatch.setattr(rl, "CHUNK_TOKENS", 7)
     sizes = []
     rl.token_logprobs(lambda x: sizes.append(len(x)) or x @ WEIGHT.T, states, TOKENS, 1.0)
-    assert max(sizes) <= 7 and sum(sizes) == 30
+    assert max(sizes) <= 7 and sum(sizes) == 30 and len(sizes) == 5
 
 
 def test_the_logits_are_not_kept_but_computed_again_for_the_gradient(monkeypatch, states):
@@ -52,7 +52,24 @@ def test_the_logits_are_not_kept_but_computed_again_for_the_gradient(monkeypatch
 
 
 def test_logits_in_16_bits_are_normalised_in_32(states):
-    found = rl.token_logprobs(lambda x: (x @ WEIGHT.T).bfloat16(), states, TOKENS, 1.0)
+    found = rl.token_logprobs(lambda x: (x @ WEIGHT.T).bfloat16(), states, TOKENS, 0.7)
     rounded = (states @ WEIGHT.T).bfloat16().float()
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, torch.log_softmax(rounded, -1)[torch.arange(30), TOKENS])
+    torch.testing.assert_close(found, torch.log_softmax(rounded / 0.7, -1)[torch.arange(30), TOKENS])
+
+
+def test_large_logits_neither_overflow_nor_underflow(states):
+    torch.testing.assert_close(rl.token_logprobs(lambda x: x @ WEIGHT.T, 100 * states, TOKENS, 1.0), plain(100 * states, 1.0))
+
+
+def test_a_chunk_s_logits_have_done_their_work_before_the_next_ones_are_computed_again(monkeypatch, states):
+    monkeypatch.setattr(rl, "CHUNK_TOKENS", 7)
+    events = []
+    def head(x):
+        events.append("head")
+        logits = x @ WEIGHT.T
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: events.append("gradient"))
+        return logits
+    rl.token_logprobs(head, states, TOKENS, 1.0).sum().backward()
+    assert events == 5 * ["head"] + 5 * ["head", "gradient"]
