@@ -829,7 +829,7 @@ def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any
     """Return the verdict of a task on an environment's state and a final answer; the state stays as it is.
 
     Only True, returned, is a pass, and only False is a fail without a reason. Any other value is a fail, with a reason
-    that shows its repr; so is an error, which is itself the reason; and so is a change of the state, which is put back as it
+    that shows its str; so is an error, which is itself the reason; and so is a change of the state, which is put back as it
     was `before`.
     """
     before, environment.over = pickle.dumps(environment.state), False  # to be looked at through the tools once more
@@ -840,7 +840,7 @@ def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any
         environment.state = untouched
         return Verdict(False, "evaluate changed the state, at which it may only look")
     if outcome.error is None and outcome.value is not True and outcome.value is not False:
-        return Verdict(False, f"evaluate returned {outcome.value!r:.80} instead of True or False")
+        return Verdict(False, f"evaluate returned {str(outcome.value)[:80]!r} instead of True or False")
     return Verdict(outcome.value is True, outcome.error)
     ### END SOLUTION
 
@@ -881,7 +881,8 @@ def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
         if solved and accepts(jail, task, replica, what, *state_and_answer):
             passing.append(what)
     if not solved:
-        given = f" with its answer {as_answer(answer)!r:.200}" if environment.answered else ""
+        surprise = environment.answered and not isinstance(answer, (int, float))  # None, "<set>", or text made a number
+        given = f":\nits answer arrives as {as_answer(answer)!r:.200}" if surprise else ""
         raise TaskError("solution", f"the example solution does not pass the evaluation{given}")
     if not passing and evaluate(jail, task, make_environment(task.env, task.seed), None, replica).passed:
         passing.append("doing nothing")
