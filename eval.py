@@ -221,8 +221,9 @@ def evaluate_policy(
                         continue
                     generator = seeded(policy.device, seed, "evaluate", suite, first)
                     played = play_wave(policy, jail, tasks, wave, generator, label, bar=bar, **limits)
-                    write(played)
-                    lines |= zip(wave, played)
+                    new = {place: line for place, line in zip(wave, played) if place not in lines}
+                    write(list(new.values()))
+                    lines |= new
         of_suite = [lines[place] for place in sampled + greedy]
         results[suite] = numbers_of(tasks, baselines, of_suite)
         records += of_suite
@@ -286,7 +287,8 @@ def result_rows(before: dict[str, dict], after: dict[str, dict] | None = None) -
     for suite in {**before, **(after or {})}:
         for when, results in phases.items():
             if suite in results:
-                named.append((suite + when, results[suite]))
+                failed = results[suite].get("user_failed")
+                named.append((suite + when + f" ({failed} episodes not counted)" * bool(failed), results[suite]))
                 named += [(f"- {group}", numbers) for group, numbers in results[suite].get("groups", {}).items()]
     return [[name, *percent(numbers, METRICS), str(numbers.get("n", "–")), *percent(numbers, BASELINES)]
             for name, numbers in named]
@@ -721,19 +723,23 @@ def setting_of(options: argparse.Namespace) -> dict:
 def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[list[dict]], None]]:
     """Return the episodes in the file of an interrupted evaluation, if there is one, and what appends others to it.
 
-    The file's first line is the setting. Raises ValueError if it is another one.
+    The file's first line is the setting. Raises ValueError if it is another one, or something else.
     """
     if path is None:
         return [], lambda lines: None
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text[:text.rfind("\n") + 1]  # without the half line that a crash may have left
-    lines = [json.loads(line) for line in whole.splitlines()] or [setting]
-    if lines[0] != setting:
-        raise ValueError(f"{str(path)!r} holds the episodes of another evaluation, or one by other versions of the "
-                         "libraries: delete it to begin anew")
+    head = json.dumps(setting) + "\n"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    whole = text[:text.rfind("\n") + 1] or head  # without the half line that a crash may have left
+    if not (whole.startswith(head) and head.startswith(text[:len(head)])):
+        raise ValueError(f"{str(path)!r} holds the episodes of another evaluation, or of other versions of the "
+                         "libraries, or something else: name another file, or delete it to begin anew")
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()[1:]]
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(whole or json.dumps(setting) + "\n", encoding="utf-8")
-    return lines[1:], partial(append_lines, path)
+    path.write_text(whole, encoding="utf-8")
+    return lines, partial(append_lines, path)
 
 
 def main() -> int:

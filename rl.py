@@ -52,11 +52,11 @@ from tqdm import tqdm
 # Of names that are to change in transformers 5.40, which requirements.txt leaves out: peft, too, uses the old ones.
 warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|past_key_values)")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces optional kernels that we do not need
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt when there is no network
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less of a GPU's memory is lost in gaps
 torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, and in a rollout each token brings another
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402  (it comes with transformers)
+from huggingface_hub.errors import StrictDataclassError  # noqa: E402  (it and the next come with transformers)
+from safetensors import SafetensorError  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 from transformers import DynamicCache, PreTrainedConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
@@ -67,6 +67,7 @@ from verify import CodeAsTask, FormatError, Jail, TaskError, Verdict, add_benchm
 from verify import evaluate, guarded, observation, parse_step, read_lines  # noqa: E402
 
 transformers_logging.disable_progress_bar()
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt when there is no network
 HERE = Path(__file__).resolve().parent
 MAX_STEPS = 15  # the paper's limit for the executor (section 4)
 CHUNK_TOKENS = 512  # whose logits exist at once in training
@@ -95,7 +96,7 @@ class Policy:
 
 
 MISHAPS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, TemplateError,
-           SafetensorError)  # that a model or its files may cause
+           SafetensorError, StrictDataclassError)  # that a model or its files may cause
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -113,7 +114,7 @@ def in_a_sentence(what: str, advice: str) -> Iterator[None]:
         if is_out_of_memory(error):  # see advice_on_memory
             raise
         lines = str(error).strip().split("\n")
-        reason = " ".join(lines[:1 + lines[0].endswith(":")]).strip()
+        reason = " ".join(lines[:1 + lines[0].endswith(":")]).strip()[:300]  # some list all models that there are
         raise PolicyError(f"cannot {what}: {reason} ({advice})") from error
 
 
@@ -227,11 +228,12 @@ def longest_context(config: PreTrainedConfig) -> float:
 def check_template(tokenizer) -> None:
     """Raise PolicyError unless conversations only grow at their end: some templates drop the thoughts of old turns."""
     system, ask = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}
-    for turn in ("T", "<think>\nT\n</think>\n\nT"):
-        talk = [system, ask, {"role": "assistant", "content": turn}]
+    for turn in ("TURN", "<think>\nTURN\n</think>\n\nTURN"):
+        talk = [system, ask, {"role": "assistant", "content": turn}, ask]
         with in_a_sentence("put a system message and turns into the model's chat template", "use another model"):
-            before, after = [tokenizer.apply_chat_template(some, tokenize=False) for some in (talk, [*talk, ask])]
-        if not after.startswith(before):
+            before, after = [tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=True)
+                             for some in (talk[:2], talk)]
+        if not after.startswith(before) or turn not in after[len(before):]:
             raise PolicyError("the chat template rewrites earlier turns, where a trajectory grows: use another model")
 
 
@@ -1043,9 +1045,10 @@ def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
              row("context", "to train one", "most of it", "cache of one", "side by side", "a step, at least",
                  "800 x 15 rollouts")]
     for context in CONTEXTS:
-        memory = memory_of(config, rank, context)
+        with in_a_sentence(f"predict the memory of {name!r}", "its architecture is not one that can be played"):
+            memory = memory_of(config, rank, context)
         train, cache, parallel = training_bytes(memory), memory["cache"], most_parallel(memory, room)
-        most = max(("weights", "checkpoints", "layer", "logits"), key=memory.get)
+        most = max(("weights", "adapter", "checkpoints", "layer", "logits"), key=memory.get)
         read = memory["weights"] + parallel * cache / 2  # for a token of every slot
         rollouts = context / 2 / max(parallel, 1) * read / RTX_3090[0]  # seconds of each
         step = episodes * (rollouts + context * 6 * memory["parameters"] / RTX_3090[1])
@@ -1100,6 +1103,13 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
+def above_zero(text: str) -> float:
+    """Return the number that an option gives."""
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError("it must be above 0")
+    return number
+
+
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of loading, rollouts and training; their defaults are those of the embedded model."""
     add = parser.add_argument_group("the policy and its training").add_argument
@@ -1109,12 +1119,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--tasks-per-step", type=positive, default=16, help="tasks of a step")
     add("--rollouts", type=positive, default=8, help="K, the rollouts of each task in a step")
     add("--baseline", default="leave-one-out", choices=["leave-one-out", "none"], help="none: rejection fine-tuning")
-    add("--learning-rate", type=float, default=3e-3, help="of Adam; 1e-4 suits an 8B model")
+    add("--learning-rate", type=above_zero, default=3e-3, help="of Adam; 1e-4 suits an 8B model")
     add("--teacher-endpoint", metavar="URL", help="learn from what the model there does (distillation)")
     add("--teacher-model", metavar="NAME", help="the model there")
     add("--rank", type=positive, default=8, help="of the LoRA adapter")
     add("--micro-batch-tokens", type=positive, default=8192, help="tokens, padded, of one pass forward and backward")
-    add("--importance-cap", type=float, metavar="C", help="weigh each token with min(p_trainer / p_sampler, C)")
+    add("--importance-cap", type=above_zero, metavar="C", help="weigh each token with min(p_trainer / p_sampler, C)")
     add_rollout_options(parser)
 
 

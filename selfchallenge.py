@@ -384,15 +384,18 @@ def peak_memory() -> int:
 def play_run(folder: Path, options: argparse.Namespace) -> dict:
     """Play what the run in a folder has not finished yet; return the summary, which is also written there."""
     prepare(options)
+    if missing := [name for name in options.env if name not in EXAMPLES]:
+        raise ValueError(f"the challenger has no example for {', '.join(missing)}: put one into selfchallenge.EXAMPLES")
     suites = {name: load_suite(name, options.airline) for name in options.env}
     held_out = HeldOut([task for name in {*SUITES, *suites} for task in load_suite(name, options.airline)])
     with advice_on_memory(options.model), Jail(allow_weak=options.allow_weak_jail) as jail:
         print(jail.describe())
         policy = load_policy(options.model, rank=options.rank, seed=options.seed)
         run = Run(folder, policy, make_optimizer(policy, options.learning_rate))
-        if not (config := folder / "config.json").exists():
-            settings = {name: value for name, value in vars(options).items() if name not in ("resume", "name")}
-            config.write_text(json.dumps(settings, indent=1))
+        settings = {name: value for name, value in vars(options).items() if name not in ("resume", "name")}
+        unfinished = folder / "config.partial"  # of a resumed run the old one stays, should there be no room
+        unfinished.write_text(json.dumps(settings, indent=1))
+        os.replace(unfinished, folder / "config.json")
         measure_phase("before", suites, jail, run, options)
         tasks = challenge(jail, held_out, run, options)
         if not tasks:
@@ -585,7 +588,7 @@ def main() -> int:
             return "nothing was begun"
         others = " ".join(part.env[0] for part in parts[len(begun):])
         folder = shlex.quote(str(begun[-1]))
-        hint = f"every finished step is saved; continue with: python selfchallenge.py --resume {folder}"
+        hint = f"every finished step is saved; continue with: python {shlex.quote(sys.argv[0])} --resume {folder}"
         return hint + (f" (and then begin the others: --no-joint --env {others})" if others else "")
 
     return guarded("selfchallenge.py", work, how_to_go_on)

@@ -38,7 +38,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace, UnionType
-from typing import Any, Callable, get_args, get_origin
+from typing import Any, Callable, Union, get_args, get_origin
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -112,17 +112,18 @@ class Environment:
             bound = signature.bind(self, *arguments, **keywords)
         except TypeError as error:
             raise ToolError(f"{name}: {error}") from None
-        for parameter, value in list(bound.arguments.items())[1:]:
-            expected = signature.parameters[parameter].annotation
-            if expected is not inspect.Parameter.empty and not fits(value, expected):
+        for argument, value in list(bound.arguments.items())[1:]:
+            parameter = signature.parameters[argument]
+            expected, rest = parameter.annotation, (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if expected is not parameter.empty and parameter.kind not in rest and not fits(value, expected):
                 wanted = getattr(expected, "__name__", expected)
-                raise ToolError(f"{name}: {parameter} must be {wanted}, not {type(value).__name__}")
+                raise ToolError(f"{name}: {argument} must be {wanted}, not {type(value).__name__}")
         return function(*bound.args, **bound.kwargs)
 
 
 def fits(value: Any, annotation: Any) -> bool:
     """Whether a value has an annotated type: a bool is no number, an int is a float too, and list[str] is any list."""
-    if isinstance(annotation, UnionType):
+    if get_origin(annotation) in (UnionType, Union):
         return any(fits(value, part) for part in get_args(annotation))
     kind = get_origin(annotation) or annotation
     if kind is Any or not isinstance(kind, type):
@@ -399,8 +400,6 @@ def foreign_tool(invoke: Callable, original: Callable, description: str, types: 
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
     for name, parameter in inspect.signature(original).parameters.items():
         word = types.get(name, getattr(parameter.annotation, "__name__", ""))
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            word = ""  # for it is that of each, not of their tuple
         if name != "data":  # which is TauBench's database
             parameters.append(parameter.replace(annotation=TYPES.get(word, inspect.Parameter.empty)))
     result = TYPES.get(returns, inspect.Signature.empty)
@@ -773,9 +772,11 @@ def endpoint_model(url: str, model: str, tries: int = 4, wait: float = 1.0) -> C
         for attempt in range(tries):
             try:
                 answer = client.chat_completion(conversation, model=model, max_tokens=1024)
-                return answer.choices[0].message.content or ""
+                text = answer.choices[0].message.content or ""
+                return text.encode().decode()  # which raises for anything but whole characters
             except Exception as error:  # of the network, of the server, or of what it answers: all may pass
-                problem = type(error).__name__  # the text of the error may show the key
+                status = getattr(getattr(error, "response", None), "status_code", "")
+                problem = f"{type(error).__name__} {status}".strip()  # the text of the error may show the key
                 time.sleep(wait * 2**attempt)
         print(f"{url} failed {tries} times: {problem}", file=sys.stderr)
         return None

@@ -154,10 +154,10 @@ class Step:
 def parse_step(text: str) -> Step:
     """Return the step in a model's text, whose thought may be missing; raises FormatError, with REMINDER, otherwise.
 
-    Only what the text begins with, save for white space, is a thought, and `ACTION:` within it is not an action yet, not
-    even if the thought never ends; `ANSWER:` within an action is a part of its code. Other words may stand before and
-    after the one action or answer, but no second one. An answer may be empty; an action, without its indentation and
-    fence (`strip_fence`), may not. No part has white space around it.
+    Only what the text begins with, save for white space, is a thought, and `ACTION:` within it is not an action yet,
+    not even if the thought never ends; `ANSWER:` within an action is a part of its code. Other words may stand before
+    and after the one action or answer, but no second one. An answer may be empty; an action, without its indentation
+    and fence (`strip_fence`), may not. No part has white space around it.
     """
     ### BEGIN SOLUTION
     thought, rest = "", text
@@ -829,8 +829,8 @@ def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any
     """Return the verdict of a task on an environment's state and a final answer; the state stays as it is.
 
     Only True, returned, is a pass, and only False is a fail without a reason. Any other value is a fail, with a reason
-    that shows its str; so is an error, which is itself the reason; and so is a change of the state, which is put back as it
-    was `before`.
+    that shows its str; so is an error, which is itself the reason; and so is a change of the state, which is put back
+    as it was `before`.
     """
     before, environment.over = pickle.dumps(environment.state), False  # to be looked at through the tools once more
     with jail.session(environment, replica) as session:
@@ -866,10 +866,10 @@ def accepts(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: 
 def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
     """Raise TaskError unless all code runs, the solution passes, and neither a failure case nor doing nothing does.
 
-    All of it runs on the server that `replica` picks. The stage is the first that applies: "runs" if any code breaks, or
-    the evaluation after the solution or, where the solution passes, after a failure case; "solution"; "failures", whose
-    reason names the first that passes: "failure case 2", or "doing nothing". To do nothing is to leave a fresh state and
-    the answer None: an evaluation that breaks there has not passed it.
+    All of it runs on the server that `replica` picks. The stage is the first that applies: "runs" if any code breaks,
+    or the evaluation after the solution or, where the solution passes, after a failure case; "solution"; "failures",
+    whose reason names the first that passes: "failure case 2", or "doing nothing". To do nothing is to leave a fresh
+    state and the answer None: an evaluation that breaks there has not passed it.
     """
     ### BEGIN SOLUTION
     what, passing = "the example solution", []

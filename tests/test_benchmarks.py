@@ -170,9 +170,9 @@ def test_m3tooleval_may_be_given_by_the_root_of_its_repository_and_shows_no_answ
 
 def test_signatures_are_those_of_the_functions(checkouts):
     texts = [Calculation(seed).documentation() for seed in range(4)]
-    assert texts[0] == "turn(s: str) -> str\n    Turns a text around.\nlargest(*args) -> int | float\n    The largest."
+    assert texts[0] == "turn(s: str) -> str\n    Turns a text around.\nlargest(*args: int | float) -> int | float\n    The largest."
     assert texts[1].startswith("convert_currency(base_price: int | float, conversion_rate: int | float) -> int | float\n")
-    assert texts[2].startswith("hotels(place: str, *preferences)") and texts[3].startswith("count(dna: str) -> dict")
+    assert texts[2].startswith("hotels(place: str, *preferences: str)") and texts[3].startswith("count(dna: str) -> dict")
 
 
 def test_each_domain_has_its_own_tools_and_an_example_to_start_from(checkouts):
@@ -449,6 +449,7 @@ def test_a_failed_user_counts_for_nobody(checkouts, jail, policy):
     results, records = evaluation.evaluate_policy(policy, jail, {"retail": evaluation.load_suite("retail")}, 0, 4, user=sometimes)
     assert [r["reward"] for r in records[:4]] == [0, None, 0, None] and {r["status"] for r in records} == {"answered", "user failed"}
     assert results["retail"]["user_failed"] == 8 and results["retail"]["pass@1"] == 0.25 and json.dumps(records)
+    assert "retail (8 episodes not counted)" in evaluation.format_table(results)
     assert evaluation.chosen_trajectories(records)  # which sorts by the reward
     with pytest.raises(ValueError, match="endpoint"):
         evaluation.evaluate_policy(policy, jail, {"retail": evaluation.load_suite("retail")}, 0, 4, user=lambda c, g: [None] * len(c))
@@ -494,6 +495,13 @@ class Server:
         self.server.server_close()
 
 
+@pytest.mark.parametrize("content", [["a"], {"text": "a"}, 3, "\ud800"], ids=["parts", "object", "number", "half a character"])
+def test_what_is_no_text_is_a_failure_of_the_endpoint(content, capfd):
+    with Server(lambda messages: content) as server:
+        assert tools.endpoint_model(server.url, "m", tries=2, wait=0.01)([[{"role": "user", "content": "a"}]]) == [None]
+        assert len(server.requests) == 2 and "failed 2 times" in capfd.readouterr().err
+
+
 def test_an_endpoint_is_asked_again_when_it_fails_and_never_shows_the_key(monkeypatch, capfd):
     monkeypatch.setenv("OPENAI_API_KEY", "planted-key")
     with Server(lambda messages: f"to {messages[-1]['content']}", failures=2) as server:
@@ -506,7 +514,7 @@ def test_an_endpoint_is_asked_again_when_it_fails_and_never_shows_the_key(monkey
         assert len(server.requests) == 3
     assert tools.endpoint_model(server.url, "m", tries=2, wait=0.01)([[{"role": "user", "content": "a"}]]) == [None]  # nobody listens
     output = capfd.readouterr()
-    assert "planted-key" not in output.out + output.err and "failed 3 times" in output.err
+    assert "planted-key" not in output.out + output.err and "failed 3 times: HfHubHTTPError 500" in output.err
 
 
 GOOD_TASKS = {
@@ -638,8 +646,23 @@ def test_an_interrupted_evaluation_goes_on(checkouts, jail, policy, tmp_path):
     assert resumed == play([], lambda lines: None)  # as if it had never been interrupted
     again, _ = evaluation.continued(path, setting)
     assert len(again) == 25 and play(again, lambda line: pytest.fail("played again"))[0] == resumed[0]
+    limits["parallel"] = 3  # of whose waves some are half in the file
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:9]))
+    play(*evaluation.continued(path, setting))
+    places = [(line["greedy"], line["task"], line["trial"]) for line in evaluation.continued(path, setting)[0]]
+    assert len(places) == len({*places}) == 25
     with pytest.raises(ValueError, match="another evaluation"):
         evaluation.continued(path, {"model": "other"})
+    for text in ("my notes", "my notes\n", "\u2028\ufffd"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="something else"):
+            evaluation.continued(path, setting)
+        assert path.read_text() == text
+    path.write_text(json.dumps(setting)[:7])  # a crash while the first line was written
+    assert evaluation.continued(path, setting)[0] == []
+    path.write_text(path.read_text() + "no episode\n")
+    with pytest.raises(ValueError, match="damaged"):
+        evaluation.continued(path, setting)
 
 
 def test_the_script_prints_results_with_their_setting(tmp_path):

@@ -636,6 +636,11 @@ HEADERS = (
     "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+ENDS_BY_ITSELF = CHATML.replace("{% endif %}", "{% else %}{{ '<|im_end|>' }}{% endif %}")  # where no turn is asked for
+OPENS_A_THOUGHT = CHATML.replace("assistant\n'", "assistant\n<think>\n'").replace("m.content", "m.content.split('</think>')[-1]")
+MOVES_THE_SYSTEM = (  # to the last of the user's turns
+    "{% for m in messages %}{% if m.role != 'system' %}{{ '<|im_start|>' + (messages[0].content if loop.last and m.role == 'user' else '') "
+    "+ m.content + '<|im_end|>' }}{% endif %}{% endfor %}")
 FORGETS_THOUGHTS = CHATML.replace(BLOCK % "m.content", BLOCK % "(m.content if loop.last else m.content.split('</think>')[-1])")
 
 
@@ -655,6 +660,7 @@ def model_folder(folder, config, template, special, end):
 SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 MODELS = {
     "Qwen-like": (Qwen2Config(**SMALL), CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
+    "Phi-like": (LlamaConfig(**SMALL), ENDS_BY_ITSELF, ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
     "Llama-3-like": (LlamaConfig(**SMALL, attention_dropout=0.5), HEADERS,
                      ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>"),
 }
@@ -686,9 +692,12 @@ def test_any_chat_model_plays_learns_and_is_saved(another, tmp_path):
 @pytest.mark.parametrize("template, reason", [
     ("{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}<|end|>{% endfor %}", "rewrites earlier turns"),
     (FORGETS_THOUGHTS, "rewrites earlier turns"),
+    (OPENS_A_THOUGHT, "rewrites earlier turns"),
+    (MOVES_THE_SYSTEM, "rewrites earlier turns"),
+    ("{{ 'Hello' }}", "rewrites earlier turns"),
     ("{{ raise_exception('System role not supported') }}", "System role not supported"),
     (None, "no chat template"),
-], ids=["drops turns", "drops thoughts", "no system", "none"])
+], ids=["drops turns", "drops thoughts", "opens a thought", "moves the system", "ignores all", "no system", "none"])
 def test_a_template_that_cannot_be_used_is_one_sentence(tmp_path, template, reason):
     config, _, special, end = MODELS["Qwen-like"]
     folder = model_folder(tmp_path / "model", config, template, special, end)

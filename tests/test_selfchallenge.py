@@ -325,6 +325,14 @@ def test_a_resumed_run_may_be_given_less_memory_and_nothing_else(whole):
             parse_options(["--resume", str(whole), "--parallel", "3", *other])
 
 
+def test_a_resumed_run_keeps_what_it_was_given_anew(whole, tmp_path, here):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    assert here("--resume", str(run), "--parallel", "5", cwd=tmp_path)[0] == 0
+    own, before = (json.loads((folder / "config.json").read_text()) for folder in (run, whole))
+    assert own == {**before, "parallel": 5}
+
+
 def test_a_finished_run_is_not_overwritten(whole, here):
     status, errors = here(*SMALL, "--name", "a", cwd=whole.parent.parent)
     assert status == 2 and "exists already" in errors
@@ -456,6 +464,9 @@ def test_the_readme_s_world_of_one_s_own_is_sound_and_short(jail, tmp_path, monk
     numbers = evaluate_policy("reference", jail, {"garden": load_suite("garden")})[0]["garden"]
     assert (numbers["pass@1"], numbers["nothing"], numbers["n"]) == (1, 0, 4)
     assert parse_options(["--env", "garden"]).env == ["garden"]
+    del EXAMPLES["garden"]
+    with pytest.raises(ValueError, match="no example for garden"):  # before anything is played
+        selfchallenge.play_run(tmp_path, parse_options(["--env", "garden"]))
 
 
 def test_the_example_that_the_files_follow_is_true(jail):

@@ -1,7 +1,7 @@
 """The environments: what their tools do, what they refuse, and that a call from data can raise nothing else."""
 import copy
 import json
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 
@@ -148,15 +148,22 @@ def test_annotations_say_what_a_tool_accepts_as_far_as_they_are_types():
             self.state = {}
 
         @tool
-        def weigh(self, names: list[str] = (), kilos: float = 0.5, note: str | None = None, anything: Any = None, exact: bool = True) -> int:
+        def weigh(self, names: list[str] = (), kilos: float = 0.5, note: str | None = None, anything: Any = None, exact: bool = True,
+                  limit: Optional[int] = None) -> int:
             """Weigh."""
             return 1
+
+        @tool
+        def heaviest(self, *kilos: float, **named: float) -> float:
+            """The heaviest."""
+            return max(*kilos, *named.values())
 
     scale = Scale()
     for accepted in [dict(names=["a"]), dict(kilos=3), dict(kilos=3.5), dict(note=None), dict(note="a"), dict(anything={}), dict(exact=False)]:
         assert scale.call("weigh", [], accepted) == 1
-    for refused in [dict(names="a"), dict(kilos="3"), dict(kilos=True), dict(note=3), dict(exact=1)]:
+    for refused in [dict(names="a"), dict(kilos="3"), dict(kilos=True), dict(note=3), dict(exact=1), dict(limit="x")]:
         assert f"{next(iter(refused))} must be" in refusal(scale, "weigh", **refused)
+    assert scale.call("heaviest", [1.5, 2], {"last": 3}) == 3
 
 
 # ---------------------------------------------------------------------------------------------------
