@@ -58,8 +58,8 @@ ANSWER_CHARACTERS = 4_000        # in a final answer
 OBSERVATION_CHARACTERS = 4_000   # that a model sees of the output of an action
 TOOL_CALLS = 1_000               # in an action
 REPEATS = 4                      # of a solution and its evaluation, before the task is kept
-REPLIES = 20_000                 # that a jail remembers
-REPLY_BYTES = 8_192              # of the longest that it does, with the message before it
+REPLIES = 50_000                 # that a jail remembers
+REPLY_BYTES = 4_096              # of the longest that it does, with the message before it
 
 
 # ---------------------------------------------------------------------------------------------------
