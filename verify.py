@@ -209,7 +209,7 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 #   a deadline, then a kill   endless loops, sleeps, calls in C that nothing else interrupts (exchange, end)
 #   limits                    eating the memory, filling the disk, computing on after the reply (make_confine)
 #   a filter of system calls  files, network, processes, signals: all but SYSTEM_CALLS is refused (seccomp_program)
-#   nothing to find           no environment variables, no open files, nothing of this project (inside, serve)
+#   nothing to find           no environment variables, open files or frames, nothing of this project (inside, serve)
 #   two servers, two seeds    a verdict that follows hashes or chance: what is kept has the same ones again (judge)
 #
 # The way of one check: `Session.run` asks a fork server for a child, which has been forked and confined, and sends it
@@ -307,12 +307,13 @@ def make_confine(strong: bool) -> Callable[[], None]:
     return confine
 
 
-def serve(descriptor: int, seed: int, strong: bool) -> None:
+def serve(descriptor: int, seed: int, strong: bool) -> int:
     """The fork server: 0 from the parent asks for a child, which is sent with the channel to it; a pid, for its end.
 
     A child is forked before it is asked for, while the parent still works with the one before, and reaped only
     when it is ended, so that a pid never comes to mean another process. When the control socket is closed the
     parent is gone, and the server ends with all its children; so it does when the system gives no more processes.
+    Only a child returns from here, confined, with its channel: so no frame of the server is above the code it runs.
     """
     control, confine, children = socket.socket(fileno=descriptor), make_confine(strong), set()
     sys.path.clear()
@@ -321,9 +322,9 @@ def serve(descriptor: int, seed: int, strong: bool) -> None:
     sys.modules["__main__"] = types.ModuleType("__main__")  # where model-written code believes to be
     sys.modules["__main__"].ToolError = Refusal
     gc.freeze()  # or a collection in a child would touch, and so copy, the server's memory
-    spare, channel = fork_child(descriptor, seed, confine)
+    spare, channel = fork_child()
     try:
-        while len(request := control.recv(8)) == 8:
+        while spare and len(request := control.recv(8)) == 8:
             (pid,) = struct.unpack("q", request)
             if pid in children:
                 end(pid)
@@ -332,27 +333,24 @@ def serve(descriptor: int, seed: int, strong: bool) -> None:
                 socket.send_fds(control, [struct.pack("q", spare)], [channel])
                 os.close(channel)
                 children.add(spare)
-                spare, channel = fork_child(descriptor, seed, confine)
+                spare, channel = fork_child()
     finally:
-        for pid in children | {spare}:
+        for pid in (children | {spare}) if spare else ():
             end(pid)
+    if spare:
+        os._exit(0)
+    os.close(control.detach())
+    confine()
+    random.seed(seed)
+    return channel
 
 
-def fork_child(control: int, seed: int, confine: Callable[[], None]) -> tuple[int, int]:
-    """Fork a confined child; return its pid and the channel to it."""
+def fork_child() -> tuple[int, int]:
+    """Fork; return the child's pid, in the child itself 0, and this end of the channel between the two."""
     ours, theirs = [side.detach() for side in socket.socketpair()]  # plain descriptors: less for a child to touch
     pid = os.fork()
-    if pid == 0:
-        try:
-            os.close(control)
-            os.close(ours)
-            confine()
-            random.seed(seed)
-            live(theirs)
-        finally:
-            os._exit(1)
-    os.close(theirs)
-    return pid, ours
+    os.close(theirs if pid else ours)
+    return pid, ours if pid else theirs
 
 
 def end(pid: int) -> None:
@@ -512,7 +510,7 @@ def inside(statement: str) -> list[str]:
     """Return the command of a process that executes the text INSIDE THE JAIL, with what it imports, and a statement."""
     imports = f"import sys; sys.path.remove(''); import {', '.join(MODULES)}; from typing import Any, Callable"
     text = f"open({__file__!r}, encoding='utf-8').read().partition('\\n# INSIDE')[2].partition('\\n# OUTSIDE')[0]"
-    command = f"{imports}; exec('#' + {text}); {statement}"
+    command = f"{imports}; exec('#' + {text})\n{statement}"
     return [sys.executable, "-s", "-S", "-B", "-c", command]  # -I ignores the hash seed
 
 
@@ -529,7 +527,7 @@ class ForkServer:
         self.control.settimeout(10)  # for what takes milliseconds: a server that needs longer is stuck
         with theirs:
             self.process = subprocess.Popen(
-                inside(f"serve({theirs.fileno()}, {self.seed}, {self.strong})"),
+                inside(f"try: live(serve({theirs.fileno()}, {self.seed}, {self.strong}))\nfinally: os._exit(1)"),
                 env={"PYTHONHASHSEED": str(self.seed)}, cwd="/", pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the parent, which then closes the control socket

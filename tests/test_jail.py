@@ -554,6 +554,17 @@ def test_the_frames_above_the_code_hold_nothing(jail):
     assert run(jail, FRAMES).printed == "[]\n"
 
 
+def test_no_frame_of_the_server_is_above_the_code(jail):
+    """In one it would find pids, and from its own, by subtraction, how many children there were: a count of calls."""
+    count = "import os, sys\nframe, numbers = sys._getframe(), []\nwhile frame:\n    numbers += [n for n in frame.f_locals.values() if n in " \
+            "range(os.getpid() - 1000, os.getpid())]\n    frame = frame.f_back\nprint(len(numbers) > 0)"
+    above = f"import os\ndef serve(spare):\n    spare = os.getpid() - 1\n    exec({count!r}, {{}})\nserve(0)"
+    assert bare(above).stdout == "True\n"  # below such a function
+    assert run(jail, count).printed == "False\n"
+    walk = "import sys\nframe, names = sys._getframe(), []\nwhile frame:\n    names.append(frame.f_code.co_name)\n    frame = frame.f_back\nprint(names)"
+    assert run(jail, walk).printed == "['<module>', 'live', '<module>']\n"
+
+
 def test_the_objects_of_the_process_hold_nothing(jail):
     hunt = "import gc\nprint([o for o in gc.get_objects() if isinstance(o, dict) and 'hidden' in o])"
     held_by_the_parent = {"hidden": [SECRET]}
