@@ -324,7 +324,7 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
     gc.freeze()  # or a collection in a child would touch, and so copy, the server's memory
     spare, channel = fork_child()
     try:
-        while spare and len(request := control.recv(8)) == 8:
+        while spare and len(request := control.recv(8)) == 8:  # in a child `spare` is 0
             (pid,) = struct.unpack("q", request)
             if pid in children:
                 end(pid)
