@@ -728,17 +728,17 @@ def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[l
     if path is None:
         return [], lambda lines: None
     head = json.dumps(setting) + "\n"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
     whole = text[:text.rfind("\n") + 1] or head  # without the half line that a crash may have left
     if not (whole.startswith(head) and head.startswith(text[:len(head)])):
         raise ValueError(f"{str(path)!r} holds the episodes of another evaluation, or of other versions of the "
                          "libraries, or something else: name another file, or delete it to begin anew")
     try:
-        lines = [json.loads(line) for line in whole.splitlines()[1:]]
-    except ValueError as error:
+        lines = [dict(json.loads(line)) for line in whole.splitlines()[1:]]
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(whole, encoding="utf-8")
+    path.write_text(whole, encoding="utf-8", errors="surrogateescape")
     return lines, partial(append_lines, path)
 
 

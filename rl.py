@@ -1106,7 +1106,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 def above_zero(text: str) -> float:
     """Return the number that an option gives."""
     if not 0 < (number := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError("it must be above 0")
+        raise argparse.ArgumentTypeError("it must be above 0, and finite")
     return number
 
 

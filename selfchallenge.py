@@ -384,8 +384,6 @@ def peak_memory() -> int:
 def play_run(folder: Path, options: argparse.Namespace) -> dict:
     """Play what the run in a folder has not finished yet; return the summary, which is also written there."""
     prepare(options)
-    if missing := [name for name in options.env if name not in EXAMPLES]:
-        raise ValueError(f"the challenger has no example for {', '.join(missing)}: put one into selfchallenge.EXAMPLES")
     suites = {name: load_suite(name, options.airline) for name in options.env}
     held_out = HeldOut([task for name in {*SUITES, *suites} for task in load_suite(name, options.airline)])
     with advice_on_memory(options.model), Jail(allow_weak=options.allow_weak_jail) as jail:
@@ -543,6 +541,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.baseline == "leave-one-out" and options.rollouts < 2:
         parser.error("the leave-one-out baseline needs at least two --rollouts of each task")
     options.env = list(dict.fromkeys(options.env))
+    if missing := [name for name in options.env if name not in EXAMPLES]:
+        parser.error(f"the challenger has no example for {', '.join(missing)}: put one into selfchallenge.EXAMPLES")
     return options
 
 

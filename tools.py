@@ -114,10 +114,13 @@ class Environment:
             raise ToolError(f"{name}: {error}") from None
         for argument, value in list(bound.arguments.items())[1:]:
             parameter = signature.parameters[argument]
-            expected, rest = parameter.annotation, (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-            if expected is not parameter.empty and parameter.kind not in rest and not fits(value, expected):
-                wanted = getattr(expected, "__name__", expected)
-                raise ToolError(f"{name}: {argument} must be {wanted}, not {type(value).__name__}")
+            expected, each = parameter.annotation, [value]
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):  # *numbers: float, **named: float
+                each = value.values() if isinstance(value, dict) else value
+            for value in each:
+                if expected is not parameter.empty and not fits(value, expected):
+                    wanted = getattr(expected, "__name__", expected)
+                    raise ToolError(f"{name}: {argument} must be {wanted}, not {type(value).__name__}")
         return function(*bound.args, **bound.kwargs)
 
 
@@ -400,6 +403,8 @@ def foreign_tool(invoke: Callable, original: Callable, description: str, types: 
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
     for name, parameter in inspect.signature(original).parameters.items():
         word = types.get(name, getattr(parameter.annotation, "__name__", ""))
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            word = ""  # benchmarks mean each of them, or the list that some functions take instead
         if name != "data":  # which is TauBench's database
             parameters.append(parameter.replace(annotation=TYPES.get(word, inspect.Parameter.empty)))
     result = TYPES.get(returns, inspect.Signature.empty)
@@ -772,8 +777,8 @@ def endpoint_model(url: str, model: str, tries: int = 4, wait: float = 1.0) -> C
         for attempt in range(tries):
             try:
                 answer = client.chat_completion(conversation, model=model, max_tokens=1024)
-                text = answer.choices[0].message.content or ""
-                return text.encode().decode()  # which raises for anything but whole characters
+                text = answer.choices[0].message.content
+                return "" if text is None else text.encode().decode()  # which raises for anything but whole characters
             except Exception as error:  # of the network, of the server, or of what it answers: all may pass
                 status = getattr(getattr(error, "response", None), "status_code", "")
                 problem = f"{type(error).__name__} {status}".strip()  # the text of the error may show the key

@@ -222,7 +222,7 @@ class Outcome:
     """What running a piece of code brought."""
 
     printed: str
-    error: str | None  # the end of the traceback, or a sentence about a timeout or a crash
+    error: str | None  # the traceback's last lines, or a sentence about a timeout or a crash
     value: Any = None  # what `result` holds, or evaluate returned; of what is no plain data only the "<type>"
 
 
@@ -315,7 +315,7 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
     parent is gone, and the server ends with all its children; so it does when the system gives no more processes.
     Only a child returns from here, confined, with its channel: so no frame of the server is above the code it runs.
     """
-    control, confine, children = socket.socket(fileno=descriptor), make_confine(strong), set()
+    control, confine, children, server = socket.socket(fileno=descriptor), make_confine(strong), set(), os.getpid()
     sys.path.clear()
     os.environ.clear()
     rehearse()
@@ -335,7 +335,7 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
                 children.add(spare)
                 spare, channel = fork_child()
     finally:
-        for pid in (children | {spare}) if spare else ():
+        for pid in (children | {spare}) if os.getpid() == server else ():
             end(pid)
     if spare:
         os._exit(0)
@@ -380,7 +380,7 @@ def live(channel: int) -> None:
         sys.stdout = sys.stderr = printed = Printed()
         file, error, value = f"<action {number}>", None, None
         try:
-            linecache.cache[file] = (0, None, request["code"].split("\n"), file)  # for tracebacks
+            linecache.cache[file] = (0, None, re.split("\r\n?|\n", request["code"]), file)  # for tracebacks
             exec(compile(request["code"], file, "exec", dont_inherit=True), variables)
             arguments = request["arguments"]
             value = variables.get("result") if arguments is None else call_evaluate(variables, arguments)
@@ -427,7 +427,7 @@ class Printed(io.StringIO):
 
 
 def explain(failure: BaseException) -> str:
-    """Return the end of a traceback, in which only lines of the model's own code appear."""
+    """Return a traceback's last lines of the model's own code, and the error; cut in the middle if that is long."""
     frames = [frame for frame in traceback.extract_tb(failure.__traceback__) if frame.filename.startswith("<action")]
     lines = [f"{frame.filename}, line {frame.lineno}: {frame.line}\n" for frame in frames[-3:]]
     text = "".join(lines + traceback.format_exception_only(failure)).strip()
@@ -509,7 +509,8 @@ NONSENSE = "the code wrote to a pipe that is not its own"
 def inside(statement: str) -> list[str]:
     """Return the command of a process that executes the text INSIDE THE JAIL, with what it imports, and a statement."""
     imports = f"import sys; sys.path.remove(''); import {', '.join(MODULES)}; from typing import Any, Callable"
-    text = f"open({__file__!r}, encoding='utf-8').read().partition('\\n# INSIDE')[2].partition('\\n# OUTSIDE')[0]"
+    file = os.path.abspath(__file__)
+    text = f"open({file!r}, encoding='utf-8').read().partition('\\n# INSIDE')[2].partition('\\n# OUTSIDE')[0]"
     command = f"{imports}; exec('#' + {text})\n{statement}"
     return [sys.executable, "-s", "-S", "-B", "-c", command]  # -I ignores the hash seed
 
@@ -717,8 +718,10 @@ class Session(contextlib.AbstractContextManager):
         line = replies.get(past) if self.remembers else None
         self.untold.append((message, line))
         if line is None:
+            behind = self.channel is None or len(self.untold) > 1
             if self.channel is None:
                 self.control, self.pid, self.channel = self.jail.servers[self.replica % 2].child()
+            if behind:
                 self.deadline = time.monotonic() + self.actions * self.jail.seconds  # for the actions before, too
             for untold, remembered in self.untold:
                 if remembered is None:  # what is new has no more time than ever
@@ -814,7 +817,8 @@ def as_answer(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = value.strip()[:ANSWER_CHARACTERS].encode(errors="replace").decode()
-    if text in (words := {"True": True, "False": False, "None": None}):
+    words = {"True": True, "False": False, "None": None}
+    if text in words:
         return words[text]
     try:
         data = plain(json.loads(text))
@@ -902,12 +906,12 @@ def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
         check(jail, task, replica=0)
         try:
             check(jail, task, replica=1)
+            what = "the example solution"
+            for replica in range(2, 2 + REPEATS):
+                if not accepts(jail, task, replica, what, *what_is_left(jail, task, replica, what, task.solution)):
+                    raise TaskError("solution", f"{what} does not pass the evaluation every time")
         except TaskError as rejection:
-            raise TaskError(rejection.stage, f"with another random seed, {rejection.reason}") from None
-        what = "the example solution"
-        for replica in range(2, 2 + REPEATS):
-            if not accepts(jail, task, replica, what, *what_is_left(jail, task, replica, what, task.solution)):
-                raise TaskError("solution", f"{what} passes the evaluation, but not every time")
+            raise TaskError(rejection.stage, f"when it was tried again, {rejection.reason}") from None
     except TaskError as rejection:
         return Judgement(False, rejection.stage, rejection.reason, time.monotonic() - start)
     return Judgement(True, "ok", "", time.monotonic() - start)
@@ -929,7 +933,7 @@ def judge_many(jail: Jail, tasks: Iterable[CodeAsTask | str], workers: int = 4) 
 # the command line (for a second reading)
 
 def read_lines(path: str) -> Iterator[str]:
-    """Yield the lines of a file; in place of one with more than LINE_BYTES, spaces, of which there are too many."""
+    """Yield the lines of a file; one of more than LINE_BYTES as that many spaces and one, which is too long as well."""
     with open(path, "rb") as file:
         while line := file.readline(LINE_BYTES + 1):
             rest = line

@@ -4,7 +4,7 @@
 
 An exercise gets its points, which stand in COURSE.md, if all its tests pass. A folder that lacks a script is named and
 not graded, and the exit status is then 1. The scripts in a folder run as you: what you have not read, grade in a container.
-They could also forge their points, so lines that a student has changed outside the gaps are shown.
+They could also forge their points: read the answers, too; lines that were changed outside the gaps are shown.
 """
 import argparse
 import contextlib
@@ -105,12 +105,12 @@ def points() -> dict[str, int]:
 
 
 def outside_the_gaps(given: str, handed_in: str) -> list[str]:
-    """Return the lines of a script that a student has taken out (-) or added (+), save for the gaps and what stands there."""
+    """Return the lines of a script that a student has taken out (-) or added (+), save for what stands in or right at a gap."""
     ours, theirs = given.splitlines(), handed_in.splitlines()
     changed = []
     for kind, first, last, begin, end in difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
         block = [] if kind == "equal" else ours[first:last]
-        gap = any("raise NotImplementedError(\"exercise" in line for line in block)
+        gap = any("raise NotImplementedError(\"exercise" in line for line in ours[first:last + (kind == "insert")])
         changed += [f"- {line}" for line in block if line.strip() and "raise NotImplementedError(\"exercise" not in line]
         changed += [f"+ {line}" for line in theirs[begin:end] if line.strip() and kind != "equal" and not gap]
     return changed

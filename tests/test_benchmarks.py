@@ -170,9 +170,9 @@ def test_m3tooleval_may_be_given_by_the_root_of_its_repository_and_shows_no_answ
 
 def test_signatures_are_those_of_the_functions(checkouts):
     texts = [Calculation(seed).documentation() for seed in range(4)]
-    assert texts[0] == "turn(s: str) -> str\n    Turns a text around.\nlargest(*args: int | float) -> int | float\n    The largest."
+    assert texts[0] == "turn(s: str) -> str\n    Turns a text around.\nlargest(*args) -> int | float\n    The largest."
     assert texts[1].startswith("convert_currency(base_price: int | float, conversion_rate: int | float) -> int | float\n")
-    assert texts[2].startswith("hotels(place: str, *preferences: str)") and texts[3].startswith("count(dna: str) -> dict")
+    assert texts[2].startswith("hotels(place: str, *preferences)") and texts[3].startswith("count(dna: str) -> dict")
 
 
 def test_each_domain_has_its_own_tools_and_an_example_to_start_from(checkouts):
@@ -495,7 +495,7 @@ class Server:
         self.server.server_close()
 
 
-@pytest.mark.parametrize("content", [["a"], {"text": "a"}, 3, "\ud800"], ids=["parts", "object", "number", "half a character"])
+@pytest.mark.parametrize("content", [["a"], [], {"text": "a"}, 3, 0, "\ud800"], ids=["parts", "no parts", "object", "number", "zero", "half a character"])
 def test_what_is_no_text_is_a_failure_of_the_endpoint(content, capfd):
     with Server(lambda messages: content) as server:
         assert tools.endpoint_model(server.url, "m", tries=2, wait=0.01)([[{"role": "user", "content": "a"}]]) == [None]
@@ -660,9 +660,11 @@ def test_an_interrupted_evaluation_goes_on(checkouts, jail, policy, tmp_path):
         assert path.read_text() == text
     path.write_text(json.dumps(setting)[:7])  # a crash while the first line was written
     assert evaluation.continued(path, setting)[0] == []
-    path.write_text(path.read_text() + "no episode\n")
-    with pytest.raises(ValueError, match="damaged"):
-        evaluation.continued(path, setting)
+    evaluation.continued(path, setting)
+    for line in ("no episode\n", "3\n"):
+        path.write_text(json.dumps(setting) + "\n" + line)
+        with pytest.raises(ValueError, match="damaged"):
+            evaluation.continued(path, setting)
 
 
 def test_the_script_prints_results_with_their_setting(tmp_path):

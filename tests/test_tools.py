@@ -164,6 +164,8 @@ def test_annotations_say_what_a_tool_accepts_as_far_as_they_are_types():
     for refused in [dict(names="a"), dict(kilos="3"), dict(kilos=True), dict(note=3), dict(exact=1), dict(limit="x")]:
         assert f"{next(iter(refused))} must be" in refusal(scale, "weigh", **refused)
     assert scale.call("heaviest", [1.5, 2], {"last": 3}) == 3
+    assert "kilos must be float, not str" in refusal(scale, "heaviest", 1.5, "2")
+    assert "named must be float, not list" in refusal(scale, "heaviest", 1.5, last=[2])
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ def test_a_verdict_that_flips_between_runs_is_rejected(jail):
     hashed = f"def evaluate(answer): return answer == 1 and hash('tea') == {hash_of(jail, 0)}"
     for evaluation in (seeded, hashed):
         judgement = judge(jail, change(CALCULATOR, solution="result = 1", evaluate=evaluation))
-        assert judgement.stage == "solution" and judgement.reason.startswith("with another random seed, the example solution")
+        assert judgement.stage == "solution" and judgement.reason.startswith("when it was tried again, the example solution")
 
 
 @pytest.mark.parametrize("chance", ["import os; odd = os.urandom(1)[0] % 8 > 0", "import os; odd = os.getpid() % 7 > 0"])
@@ -301,7 +301,7 @@ def test_the_evaluation_is_repeated_in_children_that_are_not_remembered(jail, mo
     monkeypatch.setattr(verify, "evaluate", flipping)
     monkeypatch.setattr(verify, "what_is_left", recorded)
     judgement = judge(jail, CALCULATOR)
-    assert judgement.stage == "solution" and "not every time" in judgement.reason
+    assert judgement.stage == "solution" and "every time" in judgement.reason
     assert seen == [0] * 5 + [1] * 5 + [2, 3]  # two whole checks, then evaluations of replicas of their own ...
     assert solved == [0] * 4 + [1] * 4 + [2, 3]  # ... after solutions of such
 
@@ -313,7 +313,7 @@ def test_the_longest_evaluation_that_is_allowed_is_judged_like_any_other(jail):
 def test_a_solution_that_depends_on_chance_is_rejected(jail):
     lucky = f"result = int(hash('tea') == {hash_of(jail, 0)})"
     judgement = judge(jail, change(CALCULATOR, solution=lucky, evaluate="def evaluate(answer): return answer == 1"))
-    assert judgement.stage == "solution" and judgement.reason.startswith("with another random seed, the example solution")
+    assert judgement.stage == "solution" and judgement.reason.startswith("when it was tried again, the example solution")
 
 
 def hash_of(jail, replica):

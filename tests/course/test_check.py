@@ -25,14 +25,14 @@ def check(jail, monkeypatch):
     """Return the function that gives a task, where an answer is judged by `says`, the stage and reason of its rejection."""
     def rejected(task: CodeAsTask, says: Callable[[Any, Any], Verdict] = lambda _, answer: Verdict(answer == TEA + 100)):
         asked, session = set(), jail.session
-        monkeypatch.setattr(jail, "session", lambda environment, replica=0: asked.add(replica) or session(environment, replica))
-        monkeypatch.setattr(verify, "evaluate", lambda jail, task, environment, answer, replica=0: asked.add(replica) or says(environment, answer))
-        try:
-            verify.check(jail, task, replica=1)
-            end = "survived", ""
-        except TaskError as rejection:
-            end = rejection.stage, rejection.reason
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(jail, "session", lambda environment, replica=0: asked.add(replica) or session(environment, replica))
+            patch.setattr(verify, "evaluate", lambda jail, task, environment, answer, replica=0: asked.add(replica) or says(environment, answer))
+            try:
+                verify.check(jail, task, replica=1)
+                end = "survived", ""
+            except TaskError as rejection:
+                end = rejection.stage, rejection.reason
         assert asked == {1}  # all code ran on the server that was asked for
         return end
     return rejected
