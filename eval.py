@@ -730,7 +730,7 @@ def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[l
     head = json.dumps(setting) + "\n"
     text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
     whole = text[:text.rfind("\n") + 1] or head  # without the half line that a crash may have left
-    if not (whole.startswith(head) and head.startswith(text[:len(head)])):
+    if not head.startswith(text[:len(head)]):  # of which a crash may have left a part only
         raise ValueError(f"{str(path)!r} holds the episodes of another evaluation, or of other versions of the "
                          "libraries, or something else: name another file, or delete it to begin anew")
     try:

@@ -114,13 +114,13 @@ class Environment:
             raise ToolError(f"{name}: {error}") from None
         for argument, value in list(bound.arguments.items())[1:]:
             parameter = signature.parameters[argument]
-            expected, each = parameter.annotation, [value]
+            expected, values = parameter.annotation, [value]
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):  # *numbers: float, **named: float
-                each = value.values() if isinstance(value, dict) else value
-            for value in each:
-                if expected is not parameter.empty and not fits(value, expected):
+                values = value.values() if isinstance(value, dict) else value
+            for each in values:
+                if expected is not parameter.empty and not fits(each, expected):
                     wanted = getattr(expected, "__name__", expected)
-                    raise ToolError(f"{name}: {argument} must be {wanted}, not {type(value).__name__}")
+                    raise ToolError(f"{name}: {argument} must be {wanted}, not {type(each).__name__}")
         return function(*bound.args, **bound.kwargs)
 
 

@@ -338,7 +338,7 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
         for pid in (children | {spare}) if os.getpid() == server else ():
             end(pid)
     if spare:
-        os._exit(0)
+        os._exit(0)  # the server's end; what goes on is a child
     os.close(control.detach())
     confine()
     random.seed(seed)
@@ -665,7 +665,7 @@ class Session(contextlib.AbstractContextManager):
         """End the child, if there is one, and begin with an empty past."""
         self.actions = 0  # that were begun
         self.untold: list[tuple[bytes, bytes | None]] = []  # messages that the child still has to be told, its replies
-        self.past = hashlib.sha256(b"%d\n" % self.replica)  # of all messages, too, for the jail's memory
+        self.past = hashlib.sha256(b"%d\n" % self.replica)  # of the replica and all messages, for the jail's memory
         self.remembers = True  # as long as no code mentions time
         if self.channel is not None:
             self.channel.close()
@@ -718,7 +718,7 @@ class Session(contextlib.AbstractContextManager):
         line = replies.get(past) if self.remembers else None
         self.untold.append((message, line))
         if line is None:
-            behind = self.channel is None or len(self.untold) > 1
+            behind = self.channel is None or len(self.untold) > 1  # so that the child has to catch up
             if self.channel is None:
                 self.control, self.pid, self.channel = self.jail.servers[self.replica % 2].child()
             if behind:
@@ -813,7 +813,7 @@ class Judgement:
 
 
 def as_answer(value: Any) -> Any:
-    """Return a final answer as data: text that is JSON, or True, False or None, becomes what it says, "36" the 36."""
+    """Return a final answer as data: text that is JSON, or True, False or None, becomes what it says: "36" is 36."""
     if not isinstance(value, str):
         return value
     text = value.strip()[:ANSWER_CHARACTERS].encode(errors="replace").decode()

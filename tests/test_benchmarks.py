@@ -651,6 +651,11 @@ def test_an_interrupted_evaluation_goes_on(checkouts, jail, policy, tmp_path):
     play(*evaluation.continued(path, setting))
     places = [(line["greedy"], line["task"], line["trial"]) for line in evaluation.continued(path, setting)[0]]
     assert len(places) == len({*places}) == 25
+
+
+def test_a_file_that_holds_no_episodes_of_this_evaluation_is_refused_and_left_alone(tmp_path):
+    path, setting = tmp_path / "episodes.jsonl", {"model": "tiny"}
+    evaluation.continued(path, setting)
     with pytest.raises(ValueError, match="another evaluation"):
         evaluation.continued(path, {"model": "other"})
     for text in ("my notes", "my notes\n", "\u2028\ufffd"):
@@ -660,7 +665,6 @@ def test_an_interrupted_evaluation_goes_on(checkouts, jail, policy, tmp_path):
         assert path.read_text() == text
     path.write_text(json.dumps(setting)[:7])  # a crash while the first line was written
     assert evaluation.continued(path, setting)[0] == []
-    evaluation.continued(path, setting)
     for line in ("no episode\n", "3\n"):
         path.write_text(json.dumps(setting) + "\n" + line)
         with pytest.raises(ValueError, match="damaged"):
