@@ -287,8 +287,9 @@ EXECUTOR_PROMPT = """\
 You are the executor in the environment {env}.
 {summary}
 
-You act by writing Python that calls the tools below. Variables persist from action to action, and you see
-only what your code prints. Every reply has this form, with either an action or an answer, never both:
+You act by writing Python that calls the tools below; one that refuses raises ToolError. Variables persist from action
+to action, and you see only what your code prints. Every reply has this form, with either an action or an answer, never
+both:
 
 THOUGHT: what to do next, in a sentence END THOUGHT
 ACTION:
@@ -297,7 +298,7 @@ END ACTION
 
 or, when {when}:
 
-THOUGHT: why it is done END THOUGHT
+THOUGHT: what you know by now, in a sentence END THOUGHT
 ANSWER: {answer} END ANSWER
 
 You have at most {steps} replies. Look things up; do not invent ids or values.

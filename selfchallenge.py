@@ -83,24 +83,28 @@ Rules:
 - The task should take several dependent steps.
 - {judged} It returns True or False, checks everything that the
   instruction asks for, and changes nothing.
-- The solution must pass the evaluation. All three failure cases must run without an error and fail it: forget a
-  part, pick the wrong thing, use the wrong value. Doing nothing must fail as well.
-- You see only what your code prints. Variables persist from action to action.
-- If the task is rejected, you are told why: mend it and hand in all parts again.
+- The solution gets what it needs through the tools, and must pass the evaluation. The three failure cases differ, run
+  without an error and fail it: forget a part, pick the wrong thing, use the wrong value. Doing nothing must fail too.
+- You see only what your code prints. A tool that refuses raises ToolError. Variables persist from action to action.
+- The parts of the task see none of your variables, and the solution and each failure case start from the state in which
+  you started. So you may try things out.
+- You have at most {steps} replies. If the task is rejected, you are told why: mend it and hand in all parts again.
 
 Tools:
 {documentation}
 
-A worked example of an answer:
+A worked example of an answer, from another state and perhaps with other tools:
 
 {example}"""
 
 FOR_A_CUSTOMER = """
 
 The other agent serves a customer, who alone is given your instruction and tells it bit by bit. Address it to the
-customer ("You want to ..."), and say all that the customer knows and wants."""
-JUDGED_BY_ANSWER = "evaluate(answer) gets the final answer, a number or a text, and compares it with what you computed."
-JUDGED_BY_STATE = "evaluate() looks at the state that is left, through the tools."
+customer ("You want to ..."), and say all that the customer knows and wants. Name orders and reservations by what is in
+them, for their numbers are struck out. The rules above are those of the other agent: ask for what they allow."""
+JUDGED_BY_ANSWER = """evaluate(answer) gets the final answer and compares it with what you computed: a number as a
+  number, also if it was written as text, and a tuple as a list."""
+JUDGED_BY_STATE = "evaluate() looks at the state that is left, through the tools, and at nothing else."
 
 EXAMPLES = {example.env: example for example in [
     CodeAsTask(
@@ -230,6 +234,7 @@ def challenger_prompt(environment: Environment) -> str:
     """Return the challenger's system message for an environment: format, rules, tools and a worked example."""
     return CHALLENGER_PROMPT.format(
         env=environment.name,
+        steps=Challenger.max_steps,
         summary=environment.summary + (FOR_A_CUSTOMER if environment.talks else ""),
         signature="evaluate(answer)" if environment.answered else "evaluate()",
         result=", and leaves the final answer in the variable result" if environment.answered else "",
@@ -385,7 +390,7 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
     """Play what the run in a folder has not finished yet; return the summary, which is also written there."""
     prepare(options)
     suites = {name: load_suite(name, options.airline) for name in options.env}
-    held_out = HeldOut([task for name in {*SUITES, *suites} for task in load_suite(name, options.airline)])
+    held_out = HeldOut([task for tasks in suites.values() for task in tasks])
     with advice_on_memory(options.model), Jail(allow_weak=options.allow_weak_jail) as jail:
         print(jail.describe())
         policy = load_policy(options.model, rank=options.rank, seed=options.seed)
@@ -447,9 +452,11 @@ def challenge(jail: Jail, held_out: HeldOut, run: Run, options: argparse.Namespa
     rejected.jsonl with the stage and the reason. With options.filter off, every task that can be read is kept, whatever
     the filter says, unless it is a held-out one or a duplicate, and nothing is revised: the paper's ablation.
     """
-    model, begun, total = None, run.progress["challenges"], options.challenges
+    model, limits = None, rollout_limits(options)
+    begun, total = run.progress["challenges"], options.challenges
     if options.challenger_endpoint:
         model = endpoint_model(options.challenger_endpoint, options.challenger_model)
+        limits["context"] = sys.maxsize  # --context is for what is trained on
     revisions = options.revisions if options.filter else 0
     kept = [(task["env"], task_words(task)) for task in run.read("tasks.jsonl")]
     bar = tqdm(total=total, initial=begun, desc="challenge", unit="attempt", dynamic_ncols=True)
@@ -458,7 +465,7 @@ def challenge(jail: Jail, held_out: HeldOut, run: Run, options: argparse.Namespa
         worlds = [(options.env[i % len(options.env)], options.seed * 10**5 + i) for i in attempts]
         episodes = [Challenger(jail, env, seed, revisions) for env, seed in worlds]
         generator = seeded(run.policy.device, options.seed, "challenge", first)
-        rollout(run.policy, episodes, generator, bar=bar, model=model, **rollout_limits(options))
+        rollout(run.policy, episodes, generator, bar=bar, model=model, **limits)
         for episode in episodes:
             line = sort_out(episode, kept, held_out, options.filter)
             if "stage" in line:

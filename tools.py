@@ -491,8 +491,8 @@ class M3ToolEval(BenchmarkEnvironment):
     def passes(self, number: int, answer: Any) -> bool:
         """Return the benchmark's own verdict on an answer to a held-out task."""
         task, answer = self.held_out[number], str(answer).strip()[:1_000]
-        if isinstance(task.expected_output, tuple) and isinstance(parts := literal(answer), list):
-            answer = str(tuple(parts))  # code in the jail gets a list where the tool returned a tuple
+        if isinstance(parts := literal(answer), (list, dict)):  # perhaps in JSON's quotes, and a list for a tuple
+            answer = str(tuple(parts) if isinstance(task.expected_output, tuple) else parts)
         return bool(task.check_answer(answer))
 
     @classmethod
@@ -607,7 +607,7 @@ class TauBench(BenchmarkEnvironment):
     }
     numbers: str            # the table whose keys are order or reservation numbers
     pristine: bytes = b""   # the database as it is at a reset, pickled
-    users: list[str] = []
+    users: list[str] = []   # for whom there is something to do
 
     @classmethod
     def fill(cls, folder: Path, any_version: bool) -> None:
@@ -622,7 +622,8 @@ class TauBench(BenchmarkEnvironment):
             data, tools, wiki, tasks = (importlib.import_module(f"tau_bench.envs.{kind.name}.{part}")
                                         for part in ("data", "tools", "wiki", "tasks_test"))
             database = data.load_data()
-            kind.pristine, kind.users, kind.summary = pickle.dumps(database), sorted(database["users"]), wiki.WIKI
+            kind.pristine, kind.summary = pickle.dumps(database), wiki.WIKI
+            kind.users = sorted(name for name, user in database["users"].items() if user[kind.numbers])
             kind.tools = {tool.get_info()["function"]["name"]: tau_tool(tool) for tool in tools.ALL_TOOLS}
             kind.held_out = next(value for name, value in vars(tasks).items() if name.startswith("TASKS"))
             writing = next(filter(kind().writes, range(len(kind.held_out))))
@@ -767,8 +768,8 @@ def spoken(text: str) -> str:
 def endpoint_model(url: str, model: str, tries: int = 4, wait: float = 1.0) -> Callable:
     """Return a model behind an OpenAI-compatible address: a function from conversations to its next messages.
 
-    The key is taken from the environment (OPENAI_API_KEY) and goes nowhere else. A conversation whose request fails
-    `tries` times, after waits of `wait` seconds that double, gets None.
+    A message has at most 4,096 tokens. The key is taken from the environment (OPENAI_API_KEY) and goes nowhere else. A
+    conversation whose request fails `tries` times, after waits of `wait` seconds that double, gets None.
     """
     from huggingface_hub import InferenceClient  # here, because only this needs it
     client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=120)
@@ -776,7 +777,7 @@ def endpoint_model(url: str, model: str, tries: int = 4, wait: float = 1.0) -> C
     def ask(conversation: list[dict]) -> str | None:
         for attempt in range(tries):
             try:
-                answer = client.chat_completion(conversation, model=model, max_tokens=1024)
+                answer = client.chat_completion(conversation, model=model, max_tokens=4096)
                 text = answer.choices[0].message.content
                 return "" if text is None else text.encode().decode()  # which raises for anything but whole characters
             except Exception as error:  # of the network, of the server, or of what it answers: all may pass

@@ -159,6 +159,7 @@ def parse_step(text: str) -> Step:
     and after the one action or answer, but no second one. An answer may be empty; an action, without its indentation
     and fence (`strip_fence`), may not. No part has white space around it.
     """
+    text = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL)  # how some models think before they write
     ### BEGIN SOLUTION
     thought, rest = "", text
     if text.lstrip().startswith("THOUGHT:"):
@@ -854,7 +855,7 @@ def what_is_left(jail: Jail, task: CodeAsTask, replica: int, what: str, code: st
         outcome = session.run(code)
     if outcome.error is not None:
         raise TaskError("runs", f"{what} does not run:\n{outcome.error}")
-    return environment, outcome.value
+    return environment, None if environment.talks else outcome.value  # to a customer an answer is a message
 
 
 def accepts(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: Environment, answer: Any) -> bool:

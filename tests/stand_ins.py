@@ -100,6 +100,7 @@ def make_tau_bench(folder: Path) -> Path:
                  for user_id, first, number in [("ada_1", "Ada", "#W0000001"), ("bob_2", "Bob", "#W0000002")]}
         records = {number: {f"{record}_id": number, "user_id": user_id, "status": "open", "price": 5}
                    for user_id, user in users.items() for number in user[f"{record}s"]}
+        users["cy_3"] = users["bob_2"] | {f"{record}s": []}
         write(place / "data/data.json", json.dumps({"users": users, f"{record}s": records}))
         write(place / "data/__init__.py", TAU_DATA)
         write(place / "__init__.py", "raise ImportError")

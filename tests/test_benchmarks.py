@@ -217,6 +217,7 @@ def test_the_challenger_is_told_of_every_tool_and_sees_a_whole_example(checkouts
         environment, example = kind(2), selfchallenge.EXAMPLES[kind.name]
         prompt = selfchallenge.challenger_prompt(environment)
         assert all(f"\n{name}(" in prompt for name in environment.tools) and ("serves a customer" in prompt) == environment.talks
+        assert "at most 8 replies" in prompt and ("their numbers are struck out" in prompt) == environment.talks
         assert parse_task(prompt.partition("A worked example")[2], example.env, example.seed) == example
 
 
@@ -253,6 +254,7 @@ def test_the_original_check_and_the_tolerant_one(checkouts):
     assert world.passes_tolerantly(several, "[1.5, 3]") and not world.passes_tolerantly(several, "[3, 1.5]") and not world.passes_tolerantly(several, "1.5")
     boss = WebBrowsing(0)
     assert boss.passes_tolerantly(1, "mia moon ") and not boss.passes(1, "mia moon") and boss.passes(1, "Mia Moon")
+    assert all(Calculation(3).passes(4, answer) for answer in ({"A": 2, "C": 1}, '{"A": 2, "C": 1}', "{'C': 1, 'A': 2}"))
     assert not any(world.passes(number, None) or world.passes_tolerantly(number, None) for number in range(5))
     assert not world.passes(convert, "(" * 10_000) and not world.passes_tolerantly(convert, "-" * 10_000)
 
@@ -348,6 +350,11 @@ def test_the_filter_judges_a_task_in_a_foreign_world(checkouts, jail):
     assert judge(jail, retail_task()).ok
     assert judge(jail, retail_task(solution="cancel_order('#W7')")).stage == "runs"
     assert judge(jail, retail_task(solution="cancel_order('#W0000002')")).stage == "solution"
+
+
+def test_to_a_customer_no_answer_is_given_that_could_be_judged(checkouts, jail):
+    task = retail_task(evaluate="def evaluate(answer):\n    return answer == 42.5", solution="result = calculate('20 + 22.5')", failures=["result = 1"] * 3)
+    assert judge(jail, task).stage == "solution"  # or it would be kept, and no executor could pass it: what it says is text
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -585,6 +592,14 @@ def test_the_whole_loop_runs_on_all_four_worlds_with_random_weights(tmp_path):
         (task,) = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
         assert ("number withheld" in task["instruction"]) == (env in ("retail", "airline")) and (run / "report.html").exists()
         assert not any("planted-key" in path.read_text(errors="replace") for path in run.rglob("*") if path.is_file())
+
+
+def test_what_another_challenger_writes_may_be_longer_than_the_context_of_the_policy(tmp_path):
+    m3 = make_m3tooleval(tmp_path / "m3")
+    with Server(lambda messages: f"THOUGHT: {'let me see ' * 2_000}END THOUGHT\n{write_task(messages)}") as challenger:
+        script("selfchallenge", "--env", "calculation", "--name", "run", "--m3tooleval", m3, "--challenger-endpoint", challenger.url,
+               "--challenger-model", "c", *SMALL, folder=tmp_path)
+    assert json.loads((tmp_path / "runs/run/summary.json").read_text())["filter"]["ok"] == 1
 
 
 def test_a_teacher_is_imitated(tmp_path):

@@ -91,6 +91,8 @@ def change(task, **parts):
     ("ANSWER: END ANSWER", "", "answer", ""),
     ("THOUGHT: the ACTION: comes later END THOUGHT ACTION: f() END ACTION", "the ACTION: comes later", "action", "f()"),
     ("ACTION: print('ANSWER: 5') END ACTION", "", "action", "print('ANSWER: 5')"),
+    ("<think>\nAn ACTION: f() END ACTION?\n</think>\nTHOUGHT: no END THOUGHT ANSWER: 5 END ANSWER", "no", "answer", "5"),
+    ("ACTION: print('<think>ANSWER: 5</think>') END ACTION", "", "action", "print('<think>ANSWER: 5</think>')"),
 ])
 def test_a_step_is_parsed(text, thought, kind, content):
     step = parse_step(text)
