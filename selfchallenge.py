@@ -402,7 +402,8 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
         measure_phase("before", suites, jail, run, options)
         tasks = challenge(jail, held_out, run, options)
         if not tasks:
-            raise ValueError("no task survived the filter, so there is nothing to train on: raise --challenges")
+            raise ValueError("no task survived the filter, so there is nothing to train on: raise --challenges, or see "
+                             f"{folder / 'rejected.jsonl'} for the reasons")
         for metrics, episodes in train(policy, run.optimizer, jail, tasks, options, first=run.progress["steps"]):
             append_lines(folder / "metrics.jsonl", [metrics])
             append_lines(folder / "trajectories.jsonl", episodes)
