@@ -45,15 +45,15 @@ from typing import Any
 if __name__ == "__main__":  # for as long as the libraries are loaded, which takes seconds
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; nothing was begun"))
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from tqdm import tqdm
 
-from rl import (  # noqa: E402
+from rl import (
     Help, Policy, add_rollout_options, advice_on_memory, append_lines, executor, load_policy, natural, positive,
     prepare, read_tasks, record, rollout, rollout_limits, seeded, versions,
 )
-from tools import ENVIRONMENTS, BenchmarkEnvironment, Environment, make_environment  # noqa: E402
-from verify import CodeAsTask, FormatError, Jail, Verdict, evaluate, guarded, parse_step  # noqa: E402
+from tools import ENVIRONMENTS, BenchmarkEnvironment, Environment, make_environment
+from verify import CodeAsTask, FormatError, Jail, Verdict, evaluate, guarded, parse_step
 
 SUITES = ("calculator", "shop")  # the toy suites, which need no download
 PAPER_MODELS = ["Llama-3.1-8B-Instruct", "... after self-challenging", "... one model for all",

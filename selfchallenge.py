@@ -32,16 +32,16 @@ from zipfile import ZipFile
 if __name__ == "__main__":  # for as long as the libraries are loaded, which takes seconds
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; nothing was begun"))
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from tqdm import tqdm
 
-from eval import BenchmarkTask, SUITES, SURVIVED, continued, evaluate_policy, format_table, load_suite  # noqa: E402
-from eval import setting_of, write_report  # noqa: E402
-from rl import Episode, Help, Policy, add_training_options, advice_on_memory, append_lines, load_policy  # noqa: E402
-from rl import is_out_of_memory, make_optimizer, natural, positive, prepare, record, rollout  # noqa: E402
-from rl import rollout_limits, save_adapter, seeded, train, versions  # noqa: E402
-from tools import ENVIRONMENTS, Environment, endpoint_model, make_environment  # noqa: E402
-from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task  # noqa: E402
+from eval import BenchmarkTask, SUITES, SURVIVED, continued, evaluate_policy, format_table, load_suite, setting_of
+from eval import write_report
+from rl import Episode, Help, Policy, add_training_options, advice_on_memory, append_lines, is_out_of_memory
+from rl import load_policy, make_optimizer, natural, positive, prepare, record, rollout, rollout_limits, save_adapter
+from rl import seeded, train, versions
+from tools import ENVIRONMENTS, Environment, endpoint_model, make_environment
+from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task
 
 # ---------------------------------------------------------------------------------------------------
 # the challenger
