@@ -42,7 +42,6 @@ if __name__ == "__main__":  # for as long as the libraries are loaded, which tak
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; nothing was begun"))
 
 import torch
-from jinja2 import TemplateError  # of the language of chat templates; it comes with torch
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Adam, Optimizer
@@ -55,8 +54,6 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces option
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less of a GPU's memory is lost in gaps
 torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, and in a rollout each token brings another
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from huggingface_hub.errors import StrictDataclassError  # noqa: E402  (it and the next come with transformers)
-from safetensors import SafetensorError  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 from transformers import DynamicCache, PreTrainedConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
@@ -95,14 +92,10 @@ class Policy:
         return self.model.device
 
 
-MISHAPS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, TemplateError,
-           SafetensorError, StrictDataclassError)  # that a model or its files may cause
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU, in one of its libraries, or on a CPU."""
     told = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(sentence in str(error) for sentence in told)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sentence in str(error) for sentence in told)
 
 
 @contextmanager
@@ -110,7 +103,7 @@ def in_a_sentence(what: str, advice: str) -> Iterator[None]:
     """Turn what is wrong with a model into PolicyError, which says what cannot be done, why, and what to do."""
     try:
         yield
-    except MISHAPS as error:
+    except Exception as error:  # whatever its files, or code made for another one, make the libraries raise
         if is_out_of_memory(error):  # see advice_on_memory
             raise
         lines = str(error).strip().split("\n")
