@@ -58,14 +58,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers import DynamicCache, PreTrainedConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-from tools import ENVIRONMENTS, STOP, endpoint_model, load_benchmarks  # noqa: E402
+from tools import ENVIRONMENTS, STOP, TINY, endpoint_model, load_benchmarks  # noqa: E402
 from tools import make_environment, open_conversation, spoken  # noqa: E402
 from verify import CodeAsTask, FormatError, Jail, TaskError, Verdict, add_benchmark_options  # noqa: E402
 from verify import evaluate, guarded, observation, parse_step, read_lines  # noqa: E402
 
 transformers_logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt when there is no network
-HERE = Path(__file__).resolve().parent
 MAX_STEPS = 15  # the paper's limit for the executor (section 4)
 CHUNK_TOKENS = 512  # whose logits exist at once in training
 User = Callable[[list[list[dict]], Generator], list[str | None]]  # from conversations to the users' next messages
@@ -119,7 +118,7 @@ def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, see
     """
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise PolicyError(f"there is no model folder {name!r}: give a folder, or a name on the hub, such as owner/name")
-    path = HERE / "tiny" if name == "tiny" else name
+    path = TINY if name == "tiny" else name
     advice = "give a folder or a hub name; for a gated model accept its licence on the hub, then: hf auth login"
     with in_a_sentence(f"load the model {name!r}", advice):
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -975,7 +974,7 @@ def shape_of(name: str) -> PreTrainedConfig:
             num_key_value_heads=8, head_dim=width // heads, vocab_size=128_256, tie_word_embeddings=tied,
             max_position_embeddings=131_072)
     with in_a_sentence(f"read the configuration of {name!r}", f"known without it: {', '.join(SHAPES)}"):
-        return AutoConfig.from_pretrained(HERE / "tiny" if name == "tiny" else name)
+        return AutoConfig.from_pretrained(TINY if name == "tiny" else name)
 
 
 def memory_of(config: PreTrainedConfig, rank: int, tokens: int) -> dict[str, float]:

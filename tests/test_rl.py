@@ -646,7 +646,7 @@ FORGETS_THOUGHTS = CHATML.replace(BLOCK % "m.content", BLOCK % "(m.content if lo
 
 def model_folder(folder, config, template, special, end):
     """Write a model of random weights, whose tokenizer is the embedded one with other special tokens and another template."""
-    tokenizer = AutoTokenizer.from_pretrained(rl.HERE / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(rl.TINY)
     tokenizer.add_special_tokens({"additional_special_tokens": special, "eos_token": end, "pad_token": end})
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
@@ -755,7 +755,7 @@ def test_a_missing_model_is_one_sentence(name, said):
 
 
 def test_damaged_weights_are_one_sentence(tmp_path):
-    shutil.copytree(rl.HERE / "tiny", tmp_path / "model")
+    shutil.copytree(rl.TINY, tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
     with pytest.raises(PolicyError, match="cannot load the model"):
@@ -784,7 +784,7 @@ def test_training_alone_begins_no_folder_that_it_does_not_need_and_overwrites_no
 
 
 def test_training_alone_leaves_a_folder_that_the_report_can_read(tmp_path, monkeypatch, capsys):
-    arguments = ["--tasks", str(rl.HERE / "tiny" / "held_out_calculator.jsonl"), "--out", str(tmp_path / "run"), "--seed", "3",
+    arguments = ["--tasks", str(rl.TINY / "held_out_calculator.jsonl"), "--out", str(tmp_path / "run"), "--seed", "3",
                  "--steps", "1", "--tasks-per-step", "2", "--rollouts", "2", "--allow-weak-jail"]
     monkeypatch.setattr("sys.argv", ["rl.py", *arguments])
     assert rl.main() == 0 and "adapter:" in capsys.readouterr().out
