@@ -37,7 +37,7 @@ import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType, SimpleNamespace, UnionType
+from types import MethodType, ModuleType, SimpleNamespace, UnionType
 from typing import Any, Callable, Union, get_args, get_origin
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -93,8 +93,7 @@ class Environment:
         """Return the tools' signatures and docstrings as the text that a model reads."""
         entries = []
         for name, function in self.tools.items():
-            signature = inspect.signature(function)
-            signature = signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
+            signature = inspect.signature(MethodType(function, self))  # which does not show self
             entries.append(f"{name}{signature}\n" + textwrap.indent(inspect.getdoc(function) or "", "    "))
         return "\n".join(entries)
 
