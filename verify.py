@@ -900,21 +900,18 @@ def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
     What is to be kept is checked once more by a server with another random seed, and its solution run and evaluated
     REPEATS times more (what depends on chance, a clock or a process is no task).
     """
-    start = time.monotonic()
+    start, again = time.monotonic(), ""
     try:
         task = CodeAsTask.from_json(task) if isinstance(task, str) else task
         check_form(task)
         check(jail, task, replica=0)
-        try:
-            check(jail, task, replica=1)
-            what = "the example solution"
-            for replica in range(2, 2 + REPEATS):
-                if not accepts(jail, task, replica, what, *what_is_left(jail, task, replica, what, task.solution)):
-                    raise TaskError("solution", f"{what} does not pass the evaluation every time")
-        except TaskError as rejection:
-            raise TaskError(rejection.stage, f"when it was tried again, {rejection.reason}") from None
+        again, what = "when it was tried again, ", "the example solution"
+        check(jail, task, replica=1)
+        for replica in range(2, 2 + REPEATS):
+            if not accepts(jail, task, replica, what, *what_is_left(jail, task, replica, what, task.solution)):
+                raise TaskError("solution", f"{what} does not pass the evaluation every time")
     except TaskError as rejection:
-        return Judgement(False, rejection.stage, rejection.reason, time.monotonic() - start)
+        return Judgement(False, rejection.stage, again + rejection.reason, time.monotonic() - start)
     return Judgement(True, "ok", "", time.monotonic() - start)
 
 
