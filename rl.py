@@ -462,13 +462,12 @@ def turn_text(policy: Policy, tokens: list[int]) -> str:
 
 def take_steps(policy: Policy, ended: list[Trajectory], user: User, generator: Generator, context: int) -> None:
     """Hand the episodes their agents' turns, side by side, then let the users reply, all at once; all go on, or end."""
-    def step(t: Trajectory) -> str | None:
+    episodes = [t.episode for t in ended]
+    for t in ended:
         t.episode.messages.append({"role": "assistant", "content": t.text})
-        return t.episode.step(t.text)
-
     with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as workers:
-        replies = {t.episode: reply for t, reply in zip(ended, workers.map(step, ended))}
-    replies |= hear_users(list(replies), user, generator)
+        replies = dict(zip(episodes, workers.map(lambda t: t.episode.step(t.text), ended)))
+    replies |= hear_users(episodes, user, generator)
     for t in ended:
         observe(policy, t, replies[t.episode], context)
         t.turn, t.text = len(t.tokens), None
