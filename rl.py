@@ -67,7 +67,7 @@ transformers_logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt when there is no network
 MAX_STEPS = 15  # the paper's limit for the executor (section 4)
 CHUNK_TOKENS = 512  # whose logits exist at once in training
-User = Callable[[list[list[dict]], Generator], list[str | None]]  # from conversations to the users' next messages
+Speaker = Callable[[list[list[dict]]], list[str | None]]  # from conversations to the next message in each, or None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -358,8 +358,8 @@ class Trajectory:
 
 def rollout(
     policy: Policy, episodes: list[Episode], generator: Generator, temperature: float = 1.0, parallel: int = 256,
-    turn_tokens: int = 256, context: int = 2048, user: User | None = None, bar: tqdm | None = None,
-    model: Callable | None = None,
+    turn_tokens: int = 256, context: int = 2048, user: Speaker | None = None, bar: tqdm | None = None,
+    model: Speaker | None = None,
 ) -> list[Trajectory]:
     """Play the episodes to their ends, `parallel` side by side; return their trajectories in the episodes' order.
 
@@ -368,23 +368,23 @@ def rollout(
     endpoint, may play in the policy's place; its turns are cut at `context` only. Raises PolicyError if a prompt does
     not fit into the context, or, where the policy itself plays, the context not into its `longest_context`.
     """
-    user = user or partial(own_user, policy, parallel, turn_tokens)
-    trajectories = begin(policy, episodes, user, generator)
+    user = user or partial(own_user, policy, generator, parallel, turn_tokens)
+    trajectories = begin(policy, episodes, user)
     running = [t for t in trajectories if not t.over]
     if (longest := max((len(t.prompt) for t in running), default=0)) >= context:
         raise PolicyError(f"a prompt of {longest:,} tokens leaves no room in --context {context:,}: raise it")
     turns = (written_turns(policy, running, model, context) if model is not None else
              sampled_turns(policy, running, generator, temperature, parallel, turn_tokens, context))
     for ended in turns:
-        take_steps(policy, [t for t in ended if not t.over], user, generator, context)
+        take_steps(policy, [t for t in ended if not t.over], user, context)
         if bar is not None:
             bar.update(sum(t.over for t in ended))
     return trajectories
 
 
-def begin(policy: Policy, episodes: list[Episode], user: User, generator: Generator) -> list[Trajectory]:
+def begin(policy: Policy, episodes: list[Episode], user: Speaker) -> list[Trajectory]:
     """Return the trajectories of episodes that have not begun: their prompts, in which a user may speak first."""
-    for episode, first in hear_users(episodes, user, generator).items():
+    for episode, first in hear_users(episodes, user).items():
         if first is not None:
             episode.messages.append({"role": "user", "content": first})
     trajectories = []
@@ -460,14 +460,14 @@ def turn_text(policy: Policy, tokens: list[int]) -> str:
     return policy.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def take_steps(policy: Policy, ended: list[Trajectory], user: User, generator: Generator, context: int) -> None:
+def take_steps(policy: Policy, ended: list[Trajectory], user: Speaker, context: int) -> None:
     """Hand the episodes their agents' turns, side by side, then let the users reply, all at once; all go on, or end."""
     episodes = [t.episode for t in ended]
     for t in ended:
         t.episode.messages.append({"role": "assistant", "content": t.text})
     with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as workers:
         replies = dict(zip(episodes, workers.map(lambda t: t.episode.step(t.text), ended)))
-    replies |= hear_users(episodes, user, generator)
+    replies |= hear_users(episodes, user)
     for t in ended:
         observe(policy, t, replies[t.episode], context)
         t.turn, t.text = len(t.tokens), None
@@ -536,15 +536,15 @@ def executor(jail: Jail, task: Any, evaluator: Callable[..., Verdict] = evaluate
     return (SupportAgent if ENVIRONMENTS[task.env].talks else Executor)(jail, task, evaluator)
 
 
-def hear_users(episodes: list[Episode], user: User, generator: Generator) -> dict[Episode, str | None]:
+def hear_users(episodes: list[Episode], user: Speaker) -> dict[Episode, str | None]:
     """Let the users of the episodes that ask speak, all at once; return what these observe, None at their end."""
     asking = [episode for episode in episodes if episode.asks]
-    messages = user([episode.conversation for episode in asking], generator) if asking else []
+    messages = user([episode.conversation for episode in asking]) if asking else []
     return {episode: episode.hear(message) for episode, message in zip(asking, messages)}
 
 
 def own_user(
-    policy: Policy, parallel: int, turn_tokens: int, conversations: list[list[dict]], generator: Generator
+    policy: Policy, generator: Generator, parallel: int, turn_tokens: int, conversations: list[list[dict]]
 ) -> list[str]:
     """Return what users say, played by the policy's base: without the adapter, so that training does not matter."""
     turns = [opened(policy, conversation) for conversation in conversations]
@@ -557,7 +557,7 @@ def own_user(
 
 
 def written_turns(
-    policy: Policy, trajectories: list[Trajectory], model: Callable, context: int
+    policy: Policy, trajectories: list[Trajectory], model: Speaker, context: int
 ) -> Iterator[list[Trajectory]]:
     """Let another model write the agent's turns; yield the trajectories with the texts, for the episodes to go on.
 

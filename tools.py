@@ -786,7 +786,7 @@ def endpoint_model(url: str, model: str, tries: int = 4, wait: float = 1.0) -> C
         print(f"{url} failed {tries} times: {problem}", file=sys.stderr)
         return None
 
-    def reply(conversations: list[list[dict]], generator: Any = None) -> list[str | None]:
+    def reply(conversations: list[list[dict]]) -> list[str | None]:
         with ThreadPoolExecutor(16) as workers:
             return list(workers.map(ask, conversations))
     return reply

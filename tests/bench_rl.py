@@ -61,7 +61,7 @@ def turn_by_turn(
     generate: Callable, policy: Policy, episodes: list[Episode], generator: torch.Generator, turn_tokens: int, context: int
 ) -> list[Trajectory]:
     """Play the episodes with a function that continues all the histories it is given by one turn."""
-    trajectories = begin(policy, episodes, None, generator)  # nobody talks to a user
+    trajectories = begin(policy, episodes, None)  # nobody talks to a user
     # Both of the library's ways are to sample from the full distribution, until a turn ends.
     settings = GenerationConfig(max_new_tokens=turn_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                 eos_token_id=sorted(policy.stop_ids), pad_token_id=min(policy.stop_ids))
@@ -69,7 +69,7 @@ def turn_by_turn(
         for t, turn in zip(running, generate(policy, [t.tokens for t in running], settings)):
             t.extend(turn, True, [0.0] * len(turn))
             t.text = turn_text(policy, turn)
-        take_steps(policy, running, None, generator, context)
+        take_steps(policy, running, None, context)
     return trajectories
 
 

@@ -415,7 +415,7 @@ def policy():
 
 def scripted_user(lines):
     """Return a user who says these lines in turn, and then stops."""
-    def reply(conversations, generator) -> list[str]:
+    def reply(conversations) -> list[str]:
         turns = [sum(message["role"] == "assistant" for message in conversation) for conversation in conversations]
         return [lines[turn] if turn < len(lines) else tools.STOP for turn in turns]
     return reply
@@ -451,7 +451,7 @@ def test_the_policys_own_base_plays_the_user_whatever_the_adapter(checkouts, jai
 
 
 def test_a_failed_user_counts_for_nobody(checkouts, jail, policy):
-    def sometimes(conversations, generator):
+    def sometimes(conversations):
         return [None if number % 2 else "###STOP###" for number, _ in enumerate(conversations)]
     results, records = evaluation.evaluate_policy(policy, jail, {"retail": evaluation.load_suite("retail")}, 0, 4, user=sometimes)
     assert [r["reward"] for r in records[:4]] == [0, None, 0, None] and {r["status"] for r in records} == {"answered", "user failed"}
@@ -459,7 +459,7 @@ def test_a_failed_user_counts_for_nobody(checkouts, jail, policy):
     assert "retail (8 episodes not counted)" in evaluation.format_table(results)
     assert evaluation.chosen_trajectories(records)  # which sorts by the reward
     with pytest.raises(ValueError, match="endpoint"):
-        evaluation.evaluate_policy(policy, jail, {"retail": evaluation.load_suite("retail")}, 0, 4, user=lambda c, g: [None] * len(c))
+        evaluation.evaluate_policy(policy, jail, {"retail": evaluation.load_suite("retail")}, 0, 4, user=lambda c: [None] * len(c))
 
 
 # ---------------------------------------------------------------------------------------------------
