@@ -50,10 +50,10 @@ from tqdm import tqdm
 
 from rl import (
     Help, Policy, add_rollout_options, advice_on_memory, append_lines, executor, load_policy, natural, positive,
-    prepare, read_tasks, record, rollout, rollout_limits, seeded, versions,
+    prepare, read_tasks, record, rollout, rollout_limits, seeded, verdict_on, versions,
 )
-from tools import ENVIRONMENTS, BenchmarkEnvironment, Environment, make_environment
-from verify import CodeAsTask, FormatError, Jail, Verdict, evaluate, guarded, parse_step
+from tools import ENVIRONMENTS, BenchmarkEnvironment, make_environment
+from verify import CodeAsTask, FormatError, Jail, guarded, parse_step
 
 SUITES = ("calculator", "shop")  # the toy suites, which need no download
 PAPER_MODELS = ["Llama-3.1-8B-Instruct", "... after self-challenging", "... one model for all",
@@ -95,13 +95,6 @@ def load_suite(name: str, airline: str = "paper") -> list[Task]:
             seed, group = world.place(number)
             tasks.append(BenchmarkTask(name, seed, task.instruction, number, group))
     return tasks
-
-
-def evaluate_held_out(jail: Jail, task: Task, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
-    """Return the benchmark's own verdict, for which no code of a model runs, or that of the task's evaluation."""
-    if isinstance(task, BenchmarkTask):
-        return Verdict(environment.passes(task.number, answer))
-    return evaluate(jail, task, environment, answer, replica)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -182,7 +175,7 @@ def play_baseline(name: str, jail: Jail, task: Task) -> bool:
         if outcome.error is not None:
             return False
         answer = outcome.value
-    return evaluate_held_out(jail, task, environment, answer).passed
+    return verdict_on(jail, task, environment, answer).passed
 
 
 def play_baselines(jail: Jail, tasks: list[Task]) -> dict[str, list[bool]]:
@@ -234,7 +227,7 @@ def play_wave(
     policy: Policy, jail: Jail, tasks: list, wave: list[tuple], generator: torch.Generator, label: str, **limits: Any
 ) -> list[dict]:
     """Play the episodes (greedy, task, trial) of a wave, all greedy or none, side by side; return their records."""
-    episodes = [executor(jail, tasks[number], evaluate_held_out) for _, number, _ in wave]
+    episodes = [executor(jail, tasks[number]) for _, number, _ in wave]
     rollout(policy, episodes, generator, 0.0 if wave[0][0] else 1.0, len(wave), **limits)
     lines = []
     for (greedy, number, trial), episode in zip(wave, episodes):

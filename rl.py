@@ -58,7 +58,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers import DynamicCache, PreTrainedConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-from tools import ENVIRONMENTS, STOP, TINY, endpoint_model, load_benchmarks  # noqa: E402
+from tools import ENVIRONMENTS, STOP, TINY, Environment, endpoint_model, load_benchmarks  # noqa: E402
 from tools import make_environment, open_conversation, spoken  # noqa: E402
 from verify import CodeAsTask, FormatError, Jail, TaskError, Verdict, add_benchmark_options  # noqa: E402
 from verify import evaluate, guarded, observation, parse_step, read_lines  # noqa: E402
@@ -299,18 +299,22 @@ Tools:
 {documentation}"""
 
 
-class Executor(Episode):
-    """The executor's episode: it gets a task's instruction, acts, answers, and is rewarded with 0 or 1.
+def verdict_on(jail: Jail, task: Any, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
+    """Return the verdict of a task's evaluation or, where it is an eval.BenchmarkTask, of the benchmark's own rules."""
+    if isinstance(task, CodeAsTask):
+        return evaluate(jail, task, environment, answer, replica)
+    return Verdict(environment.passes(task.number, answer))
 
-    That is the verdict of `evaluator` (the task's own `evaluate`, or a benchmark's) on the state and the answer.
-    """
+
+class Executor(Episode):
+    """The executor's episode: it gets an instruction, acts, answers, and is rewarded with 0 or 1, by `verdict_on`."""
 
     max_steps = MAX_STEPS
     when, answer_is = "the task is done", "the final answer alone, a list or dict as JSON; or the word done"
 
-    def __init__(self, jail: Jail, task: Any, evaluator: Callable[..., Verdict] = evaluate):
+    def __init__(self, jail: Jail, task: Any):
         super().__init__(jail, task.env, task.seed)
-        self.task, self.evaluator, self.final = task, evaluator, None  # the final answer
+        self.task, self.final = task, None  # the final answer
         prompt = EXECUTOR_PROMPT.format(
             env=task.env, summary=self.environment.summary, documentation=self.environment.documentation(),
             when=self.when, answer=self.answer_is, steps=MAX_STEPS)
@@ -320,7 +324,7 @@ class Executor(Episode):
         """Evaluate the final answer and the state; the episode ends."""
         self.close()  # first, so that nothing of the executor's code still runs while it is judged
         self.final = content
-        verdict = self.evaluator(self.jail, self.task, self.environment, content, replica=self.seed)
+        verdict = verdict_on(self.jail, self.task, self.environment, content, replica=self.seed)
         self.reward, self.status = float(verdict.passed), "answered"
 
 
@@ -500,8 +504,8 @@ class SupportAgent(Executor):
     when = "you want to say something to the customer"
     answer_is = "your message; when all is settled, the customer ends it"
 
-    def __init__(self, jail: Jail, task: Any, evaluator: Callable[..., Verdict] = evaluate):
-        super().__init__(jail, task, evaluator)
+    def __init__(self, jail: Jail, task: Any):
+        super().__init__(jail, task)
         del self.messages[1]  # the instruction
         self.conversation, self.said, self.asks = open_conversation(task.instruction), [], True
 
@@ -531,9 +535,9 @@ class SupportAgent(Executor):
         super().answer(self.said)
 
 
-def executor(jail: Jail, task: Any, evaluator: Callable[..., Verdict] = evaluate) -> Executor:
+def executor(jail: Jail, task: Any) -> Executor:
     """Return the executor's episode of a task, in a conversation where its world has users."""
-    return (SupportAgent if ENVIRONMENTS[task.env].talks else Executor)(jail, task, evaluator)
+    return (SupportAgent if ENVIRONMENTS[task.env].talks else Executor)(jail, task)
 
 
 def hear_users(episodes: list[Episode], user: Speaker) -> dict[Episode, str | None]:

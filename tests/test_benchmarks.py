@@ -363,8 +363,8 @@ def test_to_a_customer_no_answer_is_given_that_could_be_judged(checkouts, jail):
 CANCEL = "THOUGHT: do it END THOUGHT\nACTION:\ncancel_order('#W0000001')\nEND ACTION"
 
 
-def conversation(jail, task=None, judge_of=rl.evaluate):
-    return rl.executor(jail, task or retail_task(), judge_of)
+def conversation(jail):
+    return rl.executor(jail, retail_task())
 
 
 def test_a_conversation_from_its_first_word_to_its_reward(checkouts, jail):
