@@ -874,8 +874,6 @@ def train(
     """
     if not tasks:
         raise PolicyError("there are no tasks to train on")
-    if options.baseline == "leave-one-out" and options.rollouts < 2:
-        raise PolicyError("the leave-one-out baseline needs at least two --rollouts of each task")
     limits = rollout_limits(options)
     teacher = endpoint_model(options.teacher_endpoint, options.teacher_model) if options.teacher_endpoint else None
     bar = tqdm(range(first, options.steps), desc="train", unit="step", dynamic_ncols=True)
@@ -907,7 +905,9 @@ def rollout_limits(options) -> dict:
 
 
 def prepare(options) -> None:
-    """Load the benchmarks that the options name; raises ValueError for one that cannot be used, or half an endpoint."""
+    """Load the benchmarks that the options name; raises ValueError if one cannot be used, or options do not agree."""
+    if getattr(options, "baseline", None) == "leave-one-out" and options.rollouts < 2:
+        raise ValueError("the leave-one-out baseline needs at least two --rollouts of each task")
     for role in ("user", "teacher", "challenger"):
         address, model = (getattr(options, f"{role}_{part}", None) for part in ("endpoint", "model"))
         if bool(address) != bool(model):

@@ -546,8 +546,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"{options.resume} goes on with its own options, of which only --parallel and "
                              f"--micro-batch-tokens can be given anew, not {', '.join(changed)}")
         options = argparse.Namespace(**own | given)
-    if options.baseline == "leave-one-out" and options.rollouts < 2:
-        parser.error("the leave-one-out baseline needs at least two --rollouts of each task")
     options.env = list(dict.fromkeys(options.env))
     if missing := [name for name in options.env if name not in EXAMPLES]:
         parser.error(f"the challenger has no example for {', '.join(missing)}: put one into selfchallenge.EXAMPLES")
