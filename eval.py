@@ -49,8 +49,8 @@ import torch
 from tqdm import tqdm
 
 from rl import (
-    Help, Policy, add_rollout_options, advice_on_memory, append_lines, executor, load_policy, natural, positive,
-    prepare, read_tasks, record, rollout, rollout_limits, seeded, verdict_on, versions,
+    Help, Policy, add_rollout_options, advice_on_memory, append_lines, executor, in_a_sentence, load_policy, natural,
+    positive, prepare, read_tasks, record, rollout, rollout_limits, seeded, verdict_on, versions,
 )
 from tools import ENVIRONMENTS, BenchmarkEnvironment, make_environment
 from verify import CodeAsTask, FormatError, Jail, guarded, parse_step
@@ -382,11 +382,9 @@ def write_report(run: Path, *others: Path) -> Path:
     Raises ValueError if a folder is not that of a run, or a file is damaged.
     """
     files, compared = read_run(run), [read_run(other, SMALL_FILES) for other in others]
-    try:
+    folders = " or ".join(repr(str(folder)) for folder in (run, *others))
+    with in_a_sentence(f"make a report of {folders}", "a file is damaged: it is JSON, but not what a run writes"):
         parts = page_parts(files, grouped([files, *compared]))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # JSON, but not a run's
-        folders = " or ".join(repr(str(folder)) for folder in (run, *others))
-        raise ValueError(f"a file of {folders} is damaged, or not one that a run writes: {error!r}") from error
     path = run / "report.html"
     page = PAGE.substitute({name: part or "<p>Nothing was recorded.</p>" for name, part in parts.items()})
     path.write_text(page, encoding="utf-8", errors="replace")
@@ -726,10 +724,8 @@ def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[l
     if not head.startswith(text[:len(head)]):  # of which a crash may have left a part only
         raise ValueError(f"{str(path)!r} holds the episodes of another evaluation, or of other versions of the "
                          "libraries, or something else: name another file, or delete it to begin anew")
-    try:
+    with in_a_sentence(f"go on from {str(path)!r}", "the file is damaged: name another, or delete it to begin anew"):
         lines = [dict(json.loads(line)) for line in whole.splitlines()[1:]]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(whole, encoding="utf-8", errors="surrogateescape")
     return lines, partial(append_lines, path)

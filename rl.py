@@ -74,7 +74,7 @@ Speaker = Callable[[list[list[dict]]], list[str | None]]  # from conversations t
 # the policy
 
 class PolicyError(ValueError):
-    """A model that cannot be used; the message is one sentence that says what to do."""
+    """A model, a file or an option that cannot be used; the message is one sentence that says what to do."""
 
 
 @dataclass
@@ -99,7 +99,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def in_a_sentence(what: str, advice: str) -> Iterator[None]:
-    """Turn what is wrong with a model into PolicyError, which says what cannot be done, why, and what to do."""
+    """Turn what is wrong with a model or a file into PolicyError: what cannot be done, why, and what to do about it."""
     try:
         yield
     except Exception as error:  # whatever its files, or code made for another one, make the libraries raise

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from eval import BenchmarkTask, SUITES, SURVIVED, continued, evaluate_policy, format_table, load_suite, setting_of
 from eval import write_report
-from rl import Episode, Help, Policy, add_training_options, advice_on_memory, append_lines, is_out_of_memory
+from rl import Episode, Help, Policy, add_training_options, advice_on_memory, append_lines, in_a_sentence
 from rl import load_policy, make_optimizer, natural, positive, prepare, record, rollout, rollout_limits, save_adapter
 from rl import seeded, train, versions
 from tools import ENVIRONMENTS, Environment, endpoint_model, make_environment
@@ -309,19 +309,14 @@ class Run:
         self.checkpoint = folder / "checkpoint" / "state.pt"
         sizes = {}
         if self.checkpoint.exists():
-            try:
+            with in_a_sentence(f"go on from {self.checkpoint}", "damaged, or of another model: start a new run"):
                 if ZipFile(self.checkpoint).testzip():  # which torch does not look at
-                    raise ValueError("a part of the file is damaged")
+                    raise ValueError("a part of the file has changed")
                 state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
                 sizes = state["files"]
                 self.progress |= state["progress"]
                 optimizer.load_state_dict(state["optimizer"])
                 policy.model.load_state_dict(state["adapter"], strict=False)  # which leaves the base as it is
-            except Exception as error:  # whatever a damaged file makes its readers raise
-                if is_out_of_memory(error):
-                    raise
-                raise ValueError(f"the checkpoint {self.checkpoint} is damaged or belongs to another model; "
-                                 "start a new run") from error
         elif any((folder / name).exists() for name in RECORDS):
             raise ValueError(f"{folder} has lost its checkpoint, so it cannot be continued; start a new run")
         for name, size in sizes.items():
@@ -535,10 +530,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add_training_options(parser)
     options = parser.parse_args(arguments)
     if options.resume is not None:
-        try:
+        with in_a_sentence(f"read {options.resume / 'config.json'}", "there is no run to resume"):
             own = {**json.loads((options.resume / "config.json").read_text())}
-        except (OSError, ValueError, TypeError):
-            raise ValueError(f"there is no run to resume in {options.resume}: it has no readable config.json") from None
         parser.set_defaults(**own)
         given = vars(parser.parse_args(arguments))
         changed = [name for name, value in own.items() if given.get(name, value) != value]
