@@ -665,7 +665,7 @@ class Session(contextlib.AbstractContextManager):
     def close(self) -> None:
         """End the child, if there is one, and begin with an empty past."""
         self.actions = 0  # that were begun
-        self.untold: list[tuple[bytes, bytes | None]] = []  # messages that the child still has to be told, its replies
+        self.untold: list[tuple[bytes, bytes]] = []  # messages that the child still has to be told, replies from memory
         self.past = hashlib.sha256(b"%d\n" % self.replica)  # of the replica and all messages, for the jail's memory
         self.remembers = True  # as long as no code mentions time
         if self.channel is not None:
@@ -717,20 +717,20 @@ class Session(contextlib.AbstractContextManager):
         self.past.update(message)
         past, replies = self.past.digest(), self.jail.replies
         line = replies.get(past) if self.remembers else None
-        self.untold.append((message, line))
-        if line is None:
-            behind = self.channel is None or len(self.untold) > 1  # so that the child has to catch up
+        if line is not None:
+            self.untold.append((message, line))
+        else:
             if self.channel is None:
                 self.control, self.pid, self.channel = self.jail.servers[self.replica % 2].child()
-            if behind:
-                self.deadline = time.monotonic() + self.actions * self.jail.seconds  # for the actions before, too
-            for untold, remembered in self.untold:
-                if remembered is None:  # what is new has no more time than ever
-                    self.deadline = min(self.deadline, time.monotonic() + self.jail.seconds)
-                line = self.exchange(untold)
-                if remembered not in (None, line):
-                    raise ChildLost("the code does not do the same again")
-            self.untold.clear()
+                self.deadline = time.monotonic() + self.jail.seconds
+            if self.untold:  # so that the child has to catch up, in the time that all these actions had
+                self.deadline = time.monotonic() + self.actions * self.jail.seconds
+                for untold, remembered in self.untold:
+                    if self.exchange(untold) != remembered:
+                        raise ChildLost("the code does not do the same again")
+                self.untold.clear()
+                self.deadline = time.monotonic() + self.jail.seconds
+            line = self.exchange(message)
         try:
             data = plain(json.loads(line))
         except (ValueError, RecursionError):
