@@ -497,8 +497,7 @@ def observe(policy: Policy, t: Trajectory, reply: str | None, context: int) -> N
 class SupportAgent(Executor):
     """The executor in a world with a user: only the user knows the instruction, and an ANSWER is a message to the user.
 
-    `asks` says that the agent has spoken: the user's reply goes to `hear` and is the next observation. The episode
-    ends when the user stops or the agent hands over to a human. The final answer is the list of what was said.
+    It ends when the user stops or the agent hands over to a human; the final answer is the list of what was said.
     """
 
     when = "you want to say something to the customer"

@@ -985,19 +985,18 @@ def main() -> int:
     add_benchmark_options(parser)
     options = parser.parse_args()
 
-    judged = kept = 0
+    kept: list[bool] = []  # of each line that was judged, whether the filter would keep its task
 
     def work() -> None:
-        nonlocal judged, kept
         load_benchmarks(options.m3tooleval, options.tau_bench, options.any_version)
         with open(options.file, "rb"), Jail(allow_weak=options.allow_weak_jail) as jail:  # no file, no jail
             print(jail.describe(), file=sys.stderr)
             for judgement in tqdm(judge_many(jail, read_lines(options.file)), unit=" tasks", disable=None):
                 print(json.dumps(asdict(judgement)), flush=True)
-                judged, kept = judged + 1, kept + judgement.ok
-            print(f"{judged} lines were judged, and {kept} of these tasks would be kept", file=sys.stderr)
+                kept.append(judgement.ok)
+            print(f"{len(kept)} lines were judged, and {sum(kept)} of these tasks would be kept", file=sys.stderr)
 
-    return guarded("verify.py", work, lambda: f"{judged} lines were judged")
+    return guarded("verify.py", work, lambda: f"{len(kept)} lines were judged")
 
 
 if __name__ == "__main__":
