@@ -48,10 +48,8 @@ if __name__ == "__main__":  # for as long as the libraries are loaded, which tak
 import torch
 from tqdm import tqdm
 
-from rl import (
-    Help, Policy, add_rollout_options, advice_on_memory, append_lines, executor, in_a_sentence, load_policy, natural,
-    positive, prepare, read_tasks, record, rollout, rollout_limits, seeded, verdict_on, versions,
-)
+from rl import Help, Policy, add_rollout_options, advice_on_memory, append_lines, executor, in_a_sentence, load_policy
+from rl import natural, positive, prepare, read_tasks, record, rollout, rollout_limits, seeded, verdict_on, versions
 from tools import ENVIRONMENTS, BenchmarkEnvironment, make_environment
 from verify import CodeAsTask, FormatError, Jail, guarded, parse_step
 
@@ -733,8 +731,7 @@ def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[l
 
 def main() -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
     add = parser.add_argument
     add("--suite", nargs="+", default=list(SUITES), metavar="NAME", help=f"some of {', '.join(ENVIRONMENTS)}")
     add("--policy", default="tiny", help="a model folder or hub name, or a baseline: nothing or reference")

@@ -509,8 +509,7 @@ def sort_out(episode: Challenger, kept: list[tuple[str, set[str]]], held_out: He
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options on the command line or, with --resume, the run's own. Raises ValueError if there is none."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
     add = parser.add_argument
     add("--env", nargs="+", default=list(SUITES), choices=list(ENVIRONMENTS), metavar="NAME",
         help="environments to train and be measured on")
