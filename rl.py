@@ -60,7 +60,7 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from tools import ENVIRONMENTS, STOP, TINY, Environment, endpoint_model, load_benchmarks  # noqa: E402
 from tools import make_environment, open_conversation, spoken  # noqa: E402
-from verify import CodeAsTask, FormatError, Jail, TaskError, Verdict, add_benchmark_options  # noqa: E402
+from verify import CodeAsTask, FormatError, Jail, Verdict, add_benchmark_options  # noqa: E402
 from verify import evaluate, guarded, observation, parse_step, read_lines  # noqa: E402
 
 transformers_logging.disable_progress_bar()
@@ -938,10 +938,8 @@ def record(phase: str, step: int | None, episode: Episode) -> dict:
 def read_tasks(path: Path) -> Iterator[CodeAsTask]:
     """Yield the tasks of a file; raises PolicyError that names the line if one cannot be read."""
     for number, line in enumerate(read_lines(path), start=1):
-        try:
+        with in_a_sentence(f"read a task from line {number} of {path}", f"python verify.py {path} judges every line"):
             yield CodeAsTask.from_json(line)
-        except TaskError as error:
-            raise PolicyError(f"line {number} of {path} is no task: {error}") from error
 
 
 def append_lines(path: Path, records: list[dict]) -> None:
