@@ -600,13 +600,10 @@ def feed(policy: Policy, cache: "SlotCache", slots: list[Trajectory]) -> None:
     if not lacking:
         return
     holders = {t.prompt: slot for slot, t in enumerate(slots) if t.fed}  # of prompts that the cache holds, or will soon
-    new, copies = {}, {}  # {slot: the tokens to feed it}, {slot: the slot to copy from}
-    for slot, tokens in lacking.items():
-        source = slot if slots[slot].fed else holders.setdefault(slots[slot].prompt, slot)
-        if source == slot:
-            new[slot] = tokens
-        else:
-            copies[slot] = source
+    sources = {}  # of each slot's tokens: the slot itself, which is fed with them, or the one to copy from
+    for slot in lacking:
+        sources[slot] = slot if slots[slot].fed else holders.setdefault(slots[slot].prompt, slot)
+    new = {slot: tokens for slot, tokens in lacking.items() if sources[slot] == slot}
     for first in range(0, max(map(len, new.values()), default=0), FEED_TOKENS):
         pieces = [(slot, tokens[first:first + FEED_TOKENS], slots[slot].fed + first)
                   for slot, tokens in new.items() if len(tokens) > first]
@@ -614,9 +611,9 @@ def feed(policy: Policy, cache: "SlotCache", slots: list[Trajectory]) -> None:
         sizes = [max(start + len(tokens), len(tokens) * FEED_COLUMNS // FEED_TOKENS) for _, tokens, start in pieces]
         for batch in micro_batches(sizes, FEED_COLUMNS):
             advance(policy, cache, *zip(*(pieces[number] for number in sorted(batch))))
-    for slot, source in copies.items():
-        cache.copy(source, slot, len(lacking[slot]))
     for slot, tokens in lacking.items():
+        if sources[slot] != slot:
+            cache.copy(sources[slot], slot, len(tokens))
         slots[slot].fed += len(tokens)
 
 
