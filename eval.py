@@ -366,10 +366,8 @@ def read_run(run: Path, names: Iterable[str] = RUN_FILES) -> dict[str, Any]:
         with suppress(ValueError, RecursionError):  # a crash may have left half a line behind the last whole one
             json.loads(lines[-1])
             lines.append("")
-        try:
+        with in_a_sentence("read a file of the run", f"{str(path)!r} is damaged"):
             objects = [dict(json.loads(part)) for part in (lines[:-1] if of_lines else [text or "{}"])]
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{str(path)!r} is damaged: {error}") from None
         files[path.stem] = objects if of_lines else objects[0]
     return files
 
