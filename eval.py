@@ -51,7 +51,7 @@ from tqdm import tqdm
 from rl import Help, Policy, add_rollout_options, advice_on_memory, append_lines, executor, in_a_sentence, load_policy
 from rl import natural, positive, prepare, read_tasks, record, rollout, rollout_limits, seeded, verdict_on, versions
 from tools import ENVIRONMENTS, BenchmarkEnvironment, make_environment
-from verify import CodeAsTask, FormatError, Jail, guarded, parse_step
+from verify import CodeAsTask, FormatError, Jail, TaskError, guarded, parse_step, what_is_left
 
 SUITES = ("calculator", "shop")  # the toy suites, which need no download
 PAPER_MODELS = ["Llama-3.1-8B-Instruct", "... after self-challenging", "... one model for all",
@@ -168,11 +168,10 @@ def play_baseline(name: str, jail: Jail, task: Task) -> bool:
     if name == "reference" and isinstance(task, BenchmarkTask):
         answer = environment.solve(task.number)
     elif name == "reference":
-        with jail.session(environment) as session:
-            outcome = session.run(task.solution)
-        if outcome.error is not None:
+        try:
+            environment, answer = what_is_left(jail, task, 0, name, task.solution)
+        except TaskError:  # it breaks off
             return False
-        answer = outcome.value
     return verdict_on(jail, task, environment, answer).passed
 
 
