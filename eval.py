@@ -242,7 +242,7 @@ def numbers_of(tasks: list, baselines: dict, lines: list[dict]) -> dict:
     """
     def rewards(check: str) -> tuple[torch.Tensor, torch.Tensor]:  # [tasks, trials] and [tasks]; NaN does not count
         values = torch.tensor([math.nan if line[check] is None else line[check] for line in lines])
-        return values[:-len(tasks)].view(len(tasks), len(lines) // len(tasks) - 1), values[-len(tasks):]
+        return values[:-len(tasks)].view(len(tasks), -1), values[-len(tasks):]
 
     sampled, greedy = rewards("reward")
     groups = {"tolerant check": summarize(*rewards("tolerant"))} if "tolerant" in lines[0] else {}

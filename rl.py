@@ -575,9 +575,9 @@ def written_turns(
                 t.end()
             else:
                 said = tokenizer(defuse(tokenizer, text), add_special_tokens=False).input_ids + [end_of_turn(tokenizer)]
-                limit = context - len(t.tokens)
-                t.text = text if len(said) <= limit else turn_text(policy, said[:limit])
-                t.extend(said[:limit], True, [0.0] * len(said[:limit]))
+                kept = said[:context - len(t.tokens)]
+                t.text = text if kept == said else turn_text(policy, kept)
+                t.extend(kept, True, [0.0] * len(kept))
         yield running
     if trajectories and all(t.episode.status == "model failed" for t in trajectories):
         raise PolicyError("the other model failed in every episode: is its endpoint up?")
