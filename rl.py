@@ -203,32 +203,6 @@ def end_of_turn(tokenizer) -> int:
     return observation_tokens(tokenizer, "")[0]
 
 
-def longest_context(config: PreTrainedConfig) -> float:
-    """Return how many tokens a model's positions and attention reach; infinity if there is no limit.
-
-    The cache of rollouts does not imitate a sliding window, and in a longer pass "longrope" changes all positions.
-    """
-    config = config.get_text_config()
-    positions = getattr(config, "rope_parameters", None) or {}
-    kinds = [positions, *(kind for kind in positions.values() if isinstance(kind, dict))]  # one, or one a kind of layer
-    limits = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
-    limits += [getattr(config, name, None)
-               for name in ("max_position_embeddings", "sliding_window", "attention_chunk_size")]
-    return min(filter(None, limits), default=math.inf)
-
-
-def check_template(tokenizer) -> None:
-    """Raise PolicyError unless conversations only grow at their end: some templates drop the thoughts of old turns."""
-    system, ask = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}
-    for turn in ("TURN", "<think>\nTURN\n</think>\n\nTURN"):
-        talk = [system, ask, {"role": "assistant", "content": turn}, ask]
-        with in_a_sentence("put a system message and turns into the model's chat template", "use another model"):
-            before, after = [tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=True)
-                             for some in (talk[:2], talk)]
-        if not after.startswith(before) or turn not in after[len(before):]:
-            raise PolicyError("the chat template rewrites earlier turns, where a trajectory grows: use another model")
-
-
 # ---------------------------------------------------------------------------------------------------
 # episodes and trajectories
 
@@ -584,7 +558,7 @@ def written_turns(
 
 
 # ---------------------------------------------------------------------------------------------------
-# the KV cache of rollouts, which only saves time and memory (for a second reading)
+# the KV cache of rollouts, which only saves time and memory, and what a model must be like (for a second reading)
 
 FEED_COLUMNS = 8192  # rows x columns of the cache in a pass that feeds it: attention may copy them
 FEED_TOKENS = 1024  # rows x new tokens in such a pass
@@ -674,6 +648,32 @@ class SlotCache(DynamicCache):
                 self.copy(source, slot, self.end)  # of the last pass, which all slots took part in
         self.slots = len(slots)
         self.stores = {layer: [store[:self.slots] for store in stores] for layer, stores in self.stores.items()}
+
+
+def longest_context(config: PreTrainedConfig) -> float:
+    """Return how many tokens a model's positions and attention reach; infinity if there is no limit.
+
+    The cache of rollouts does not imitate a sliding window, and in a longer pass "longrope" changes all positions.
+    """
+    config = config.get_text_config()
+    positions = getattr(config, "rope_parameters", None) or {}
+    kinds = [positions, *(kind for kind in positions.values() if isinstance(kind, dict))]  # one, or one a kind of layer
+    limits = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    limits += [getattr(config, name, None)
+               for name in ("max_position_embeddings", "sliding_window", "attention_chunk_size")]
+    return min(filter(None, limits), default=math.inf)
+
+
+def check_template(tokenizer) -> None:
+    """Raise PolicyError unless conversations only grow at their end: some templates drop the thoughts of old turns."""
+    system, ask = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}
+    for turn in ("TURN", "<think>\nTURN\n</think>\n\nTURN"):
+        talk = [system, ask, {"role": "assistant", "content": turn}, ask]
+        with in_a_sentence("put a system message and turns into the model's chat template", "use another model"):
+            before, after = [tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=True)
+                             for some in (talk[:2], talk)]
+        if not after.startswith(before) or turn not in after[len(before):]:
+            raise PolicyError("the chat template rewrites earlier turns, where a trajectory grows: use another model")
 
 
 @torch.inference_mode()
