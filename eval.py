@@ -254,7 +254,7 @@ def numbers_of(tasks: list, baselines: dict, lines: list[dict]) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------
-# the table of results, and means over several runs
+# the table of results
 
 METRICS = {"pass@1": "Pass@1", "pass@4": "Pass@4", "pass^4": "pass^4", "greedy": "greedy"}
 COLUMNS = ["suite", *METRICS.values(), "tasks", *BASELINES]
@@ -292,40 +292,6 @@ def format_table(before: dict[str, dict], after: dict[str, dict] | None = None) 
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([*lines, "(per cent of the tasks, ± one standard error)"])
-
-
-def grouped(runs: list[dict]) -> dict[str, list[dict]]:
-    """Return {label: runs}: runs that differ in their seed only, labelled by the options in which any two differ."""
-    configs = [run["config"] for run in runs if run["config"]]
-    names = dict.fromkeys(name for config in configs for name in config if name != "seed")
-    differing = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
-    groups: dict[str, list[dict]] = {}
-    for run in runs:
-        label = " ".join(as_option(name, run["config"].get(name)) for name in differing) or "all runs"
-        groups.setdefault(label if run["config"] else "without config.json", []).append(run)
-    return groups
-
-
-def as_option(name: str, value: object) -> str:
-    """Return an option as the command line has it; one that was not given, or that an old run lacks, as "no --name"."""
-    option = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{option}" if value else f"--no-{option}"
-    if isinstance(value, list):
-        value = " ".join(value)
-    return f"no --{option}" if value is None else f"--{option} {value}"
-
-
-def mean_of(results: list[dict]) -> dict:
-    """Return each metric as the mean over runs (or suites), with the standard error over them if there are several.
-
-    The numbers of a single run stay as they are, with their errors over tasks.
-    """
-    if len(results) == 1:
-        return results[0]
-    values = {metric: [numbers[metric] for numbers in results if metric in numbers] for metric in METRICS}
-    means = {metric: fmean(of_runs) for metric, of_runs in values.items() if of_runs}
-    return means | {f"{metric}_se": standard_error(of_runs) for metric, of_runs in values.items() if len(of_runs) > 1}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -384,6 +350,40 @@ def write_report(run: Path, *others: Path) -> Path:
     page = PAGE.substitute({name: part or "<p>Nothing was recorded.</p>" for name, part in parts.items()})
     path.write_text(page, encoding="utf-8", errors="replace")
     return path
+
+
+def grouped(runs: list[dict]) -> dict[str, list[dict]]:
+    """Return {label: runs}: runs that differ in their seed only, labelled by the options in which any two differ."""
+    configs = [run["config"] for run in runs if run["config"]]
+    names = dict.fromkeys(name for config in configs for name in config if name != "seed")
+    differing = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        label = " ".join(as_option(name, run["config"].get(name)) for name in differing) or "all runs"
+        groups.setdefault(label if run["config"] else "without config.json", []).append(run)
+    return groups
+
+
+def as_option(name: str, value: object) -> str:
+    """Return an option as the command line has it; one that was not given, or that an old run lacks, as "no --name"."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    if isinstance(value, list):
+        value = " ".join(value)
+    return f"no --{option}" if value is None else f"--{option} {value}"
+
+
+def mean_of(results: list[dict]) -> dict:
+    """Return each metric as the mean over runs (or suites), with the standard error over them if there are several.
+
+    The numbers of a single run stay as they are, with their errors over tasks.
+    """
+    if len(results) == 1:
+        return results[0]
+    values = {metric: [numbers[metric] for numbers in results if metric in numbers] for metric in METRICS}
+    means = {metric: fmean(of_runs) for metric, of_runs in values.items() if of_runs}
+    return means | {f"{metric}_se": standard_error(of_runs) for metric, of_runs in values.items() if len(of_runs) > 1}
 
 
 def page_parts(run: dict[str, Any], groups: dict[str, list[dict]]) -> dict[str, str]:
