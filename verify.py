@@ -649,9 +649,9 @@ class Session(contextlib.AbstractContextManager):
     """A child for one untrusted author, whose variables last from action to action, as in a notebook.
 
     What a child replies follows from its random seed and from what it was sent, so the jail remembers it: rollouts of a
-    task often begin alike. (Not if the code mentions time: it may look at a clock.) A child is started only for what is
-    new, and then is told all that came before, to which it must reply as remembered. One that does not, is late or
-    crashes is ended, and the next action begins with another.
+    task often begin alike. (Not if the code mentions time: it may look at a clock.) A child is started for the first
+    message that is new, is told all that came before, to which it must reply as remembered, and then all that comes.
+    One that does not, is late or crashes is ended, and the next action begins with another.
     """
 
     def __init__(self, jail: Jail, environment: Environment | None, replica: int):
@@ -665,7 +665,7 @@ class Session(contextlib.AbstractContextManager):
     def close(self) -> None:
         """End the child, if there is one, and begin with an empty past."""
         self.actions = 0  # that were begun
-        self.untold: list[tuple[bytes, bytes]] = []  # messages that the child still has to be told, replies from memory
+        self.untold: list[tuple[bytes, bytes]] = []  # to a child, with what it should reply
         self.past = hashlib.sha256(b"%d\n" % self.replica)  # of the replica and all messages, for the jail's memory
         self.remembers = True  # as long as no code mentions time
         if self.channel is not None:
@@ -713,23 +713,15 @@ class Session(contextlib.AbstractContextManager):
                     raise ChildLost(NONSENSE)
 
     def reply(self, message: bytes) -> Any:
-        """Return the reply to the next message as plain data, from memory or from the child."""
+        """Return the reply to the next message as plain data: from memory, as long as there is no child, or from it."""
         self.past.update(message)
         past, replies = self.past.digest(), self.jail.replies
-        line = replies.get(past) if self.remembers else None
+        line = replies.get(past) if self.remembers and self.channel is None else None
         if line is not None:
             self.untold.append((message, line))
         else:
             if self.channel is None:
-                self.control, self.pid, self.channel = self.jail.servers[self.replica % 2].child()
-                self.deadline = time.monotonic() + self.jail.seconds
-            if self.untold:  # so that the child has to catch up, in the time that all these actions had
-                self.deadline = time.monotonic() + self.actions * self.jail.seconds
-                for untold, remembered in self.untold:
-                    if self.exchange(untold) != remembered:
-                        raise ChildLost("the code does not do the same again")
-                self.untold.clear()
-                self.deadline = time.monotonic() + self.jail.seconds
+                self.start_child()
             line = self.exchange(message)
         try:
             data = plain(json.loads(line))
@@ -740,6 +732,16 @@ class Session(contextlib.AbstractContextManager):
                 replies.clear()
             replies[past] = line
         return data
+
+    def start_child(self) -> None:
+        """Start a child, and tell it all that came before; raises ChildLost if it does not reply as remembered."""
+        self.control, self.pid, self.channel = self.jail.servers[self.replica % 2].child()
+        self.deadline = time.monotonic() + self.actions * self.jail.seconds  # for all actions, this one included
+        for message, remembered in self.untold:
+            if self.exchange(message) != remembered:
+                raise ChildLost("the code does not do the same again")
+        self.untold.clear()
+        self.deadline = time.monotonic() + self.jail.seconds  # for what is new
 
     def exchange(self, message: bytes) -> bytes:
         """Return the line with which the child replies; raises ChildLost if it is late, dead, or floods the pipe."""

@@ -859,14 +859,23 @@ def test_remembered_actions_lend_no_time_to_a_new_one():
         assert time.monotonic() - start < 5  # a generous bound: twenty actions' time would be 10 s
 
 
-def test_a_child_that_falls_behind_has_the_time_of_all_that_it_has_to_catch_up_with():
+def test_a_child_that_is_started_late_has_the_time_of_all_that_it_has_to_catch_up_with():
     slow = "for n in range(5_000_000): pass\nprint('done', {})"  # without a clock, so that it is remembered
     with Jail(seconds=2.0) as jail:  # each takes a tenth of that, all together more
         for last in ("other", "new"):
             with jail.session(None) as session:
-                session.run("print('x' * 10_000)")  # too long to be remembered, so there is a child
                 outcomes = [session.run(slow.format(number)).error for number in range(20)] + [session.run(f"print({last!r})").error]
         assert outcomes == [None] * 21
+
+
+def test_a_session_that_has_a_child_asks_no_memory():
+    """Or each message that is new again would have a deadline of its own, a thousand in an action."""
+    with Jail() as jail:
+        for _ in range(2):  # in the second round all but the first is remembered
+            with jail.session(None) as session:
+                session.run("print('x' * 10_000)")  # too long for that, so there is a child
+                assert session.run("y = 1").error is None and session.untold == []
+                assert session.run("print(y)").printed == "1\n"
 
 
 def test_code_that_looks_at_a_clock_is_as_in_a_notebook():
