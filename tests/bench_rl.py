@@ -1,8 +1,9 @@
 """How fast episodes are played, beside what one would write instead; or what large models need.
 
     python tests/bench_rl.py                            (the embedded model, on a CPU)
-    python tests/bench_rl.py --shapes meta-llama/Llama-3.2-1B-Instruct meta-llama/Llama-3.2-3B-Instruct \\
-        meta-llama/Llama-3.1-8B-Instruct --gpu-gb 24    (models of random weights in these shapes, on a GPU of at least that size)
+    python tests/bench_rl.py --gpu-gb 24 --rounds 0 --shapes meta-llama/Llama-3.1-8B-Instruct \\
+        meta-llama/Llama-3.2-3B-Instruct meta-llama/Llama-3.2-1B-Instruct
+                                                        (models of random weights in these shapes, on a GPU of at least that size)
 
 The same episodes, in turns: by a plain `generate` on the padded history at every turn, by transformers' continuous
 batching at every turn, and by `rollout`. The rounds alternate, so that a busy spell of the machine meets all alike;
@@ -10,16 +11,21 @@ the table shows the medians. What is sampled differs, so tokens a second are com
 
 With --shapes each model is trained on one trajectory of the paper's context, and plays 16 episodes of 8,192 tokens, as
 many at once as `rl.py --fit` says, under a cap on the memory that stands in for the card. The peaks stand beside what
---fit predicts. Then 16 shorter episodes are played in the three ways. Weights are random, so every turn runs until it is
-cut; speed and memory do not depend on that. Without a GPU the code of training and rollouts runs on tensors that have
+--fit predicts. The episodes begin with seven eighths of their context, which needs as much memory as a whole one, and much
+less time. With --rounds above 0, 16 shorter episodes are then played in the three ways, which takes longer than all the rest.
+Weights are random, so every turn runs until it is cut; speed and memory do not depend on that. Each figure is printed when it
+is known, and a way that fails, for want of memory or otherwise, is told and leaves the others as they are. Without a GPU the code of training and rollouts runs on tensors that have
 shapes and no numbers, and only the peaks are told, counted (see live_memory.py).
 """
 import argparse
 import gc
+import math
 import platform
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -108,6 +114,15 @@ WAYS = {
 }
 
 
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Tell that something fails, and go on: a card is lent for minutes, and the other figures count as well."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        print(f"  {what} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
+
+
 def compare(
     policy: Policy, library: Policy, make_episodes: Callable[[], list[Episode]], turn_tokens: int, context: int, rounds: int
 ) -> None:
@@ -119,15 +134,16 @@ def compare(
     speeds: dict[str, list[float]] = {name: [] for name in WAYS}
     for number in range(rounds + 1):
         for name, play in WAYS.items():
-            torch.manual_seed(number)
-            episodes = make_episodes()
-            start = time.perf_counter()
-            trajectories = play(policy if play is by_rollout else library, episodes, seeded(policy.device, number), turn_tokens, context)
-            speeds[name].append(sum(sum(t.mask) for t in trajectories) / (time.perf_counter() - start))
+            with told(name):
+                torch.manual_seed(number)
+                episodes = make_episodes()
+                start = time.perf_counter()
+                trajectories = play(policy if play is by_rollout else library, episodes, seeded(policy.device, number), turn_tokens, context)
+                speeds[name].append(sum(sum(t.mask) for t in trajectories) / (time.perf_counter() - start))
     print(f"{'':38} {'tokens a second':>16} {'times the first':>16}")
-    medians = {name: median(values[1:]) for name, values in speeds.items()}
+    medians = {name: median(values[1:]) for name, values in speeds.items() if len(values) > rounds}
     for name, speed in medians.items():
-        print(f"{name:38} {speed:16.0f} {speed / medians[next(iter(WAYS))]:16.2f}", flush=True)
+        print(f"{name:38} {speed:16.0f} {speed / medians.get(next(iter(WAYS)), math.nan):16.2f}", flush=True)
 
 
 def random_model(shape: str, folder: str) -> None:
@@ -151,7 +167,9 @@ def peak_of(policy: Policy, work: Callable[[], object]) -> tuple[float, float, o
     start = time.perf_counter()
     result = work()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated(), time.perf_counter() - start, result
+    seconds = time.perf_counter() - start
+    print(f"  (reserved, which is what the cap is for: {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB)", flush=True)
+    return torch.cuda.max_memory_allocated(), seconds, result
 
 
 class Talk(Episode):
@@ -168,7 +186,7 @@ class Talk(Episode):
         """There is no session."""
 
 
-def measure_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
+def measure_shape(shape: str, gpu_gb: float, context: int, long: int, rounds: int) -> None:
     """Print the peaks of a training step on one trajectory of `long` tokens and of rollouts up to `context` tokens, and the speeds."""
     config = shape_of(shape)
     gc.collect()  # what is left of the shape before
@@ -179,27 +197,33 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         random_model(shape, folder)
         policy = load_policy(folder)
-    trajectory = Trajectory([5] * long, [False] + [True] * (long - 1), [-1.0] * long)
     optimizer = make_optimizer(policy, 1e-4)
-    train = lambda: reinforce_step(policy, optimizer, [trajectory], torch.ones(1))  # noqa: E731
-    train()  # which makes the optimizer's state
-    peak, seconds, _ = peak_of(policy, train)
-    report(f"train on {long:,} tokens", peak, training_bytes(memory_of(config, 8, long)), f", {seconds:.1f} s")
     memory = memory_of(config, 8, context)
     parallel = max(1, min(16, most_parallel(memory, gpu_gb * 2**30 * (1 - KEPT_FREE))))
-    play = lambda: rollout(policy, [Talk(context // 4) for _ in range(16)], seeded(policy.device, 0),  # noqa: E731
-                           parallel=parallel, turn_tokens=256, context=context)
-    peak, seconds, trajectories = peak_of(policy, play)
-    report(f"16 episodes of {context:,} tokens, {parallel} at once", peak, rollout_bytes(memory, parallel), f", {seconds:.1f} s")
-    sampled = sum(sum(t.mask) for t in trajectories)
-    read = sampled / parallel * (memory["weights"] + parallel * memory["cache"] * 3 / 4)
-    figures = reinforce_step(policy, optimizer, trajectories[:1], torch.ones(1))
-    print(f"  {sampled / seconds:,.0f} tokens a second; weights and cache read at {read / seconds / 1e9:,.0f} GB a second; "
-          f"mismatch_kl {figures['mismatch_kl']:.1e}; 800 tasks x 15 rollouts of {sampled // 16:,} sampled tokens: "
-          f"{12_000 * sampled / 16 / (sampled / seconds) / 3600:,.1f} hours")
+
+    def train(trajectory: Trajectory) -> dict:
+        return reinforce_step(policy, optimizer, [trajectory], torch.ones(1))
+
+    with told("training"):
+        trajectory = Trajectory([5] * long, [False] + [True] * (long - 1), [-1.0] * long)
+        train(trajectory)  # which makes the optimizer's state
+        peak, seconds, _ = peak_of(policy, lambda: train(trajectory))
+        report(f"train on {long:,} tokens", peak, training_bytes(memory_of(config, 8, long)), f", {seconds:.1f} s")
+    with told("rollouts"):
+        peak, seconds, trajectories = peak_of(policy, lambda: rollout(
+            policy, [Talk(context * 7 // 16) for _ in range(16)], seeded(policy.device, 0),
+            parallel=parallel, turn_tokens=256, context=context))  # "tea " is two tokens
+        report(f"16 episodes of {context:,} tokens, {parallel} at once", peak, rollout_bytes(memory, parallel), f", {seconds:.1f} s")
+        sampled = sum(sum(t.mask) for t in trajectories)
+        read = sampled / parallel * (memory["weights"] + parallel * memory["cache"] * 15 / 16)
+        print(f"  {sampled / seconds:,.0f} tokens a second, prompts included; {read / seconds / 1e9:,.0f} GB a second, if weights and "
+              f"cache are read once for each token; 800 tasks x 15 rollouts of {context // 2:,} sampled tokens: "
+              f"{12_000 * context / 2 / (sampled / seconds) / 3600:,.1f} hours", flush=True)
+        print(f"  mismatch_kl {train(trajectories[0])['mismatch_kl']:.1e}", flush=True)
     if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(1.0)  # continuous batching takes what it finds free on the card itself
-    compare(policy, policy, lambda: [Talk(context // 16) for _ in range(16)], 256, context // 4, rounds=1)
+    if rounds:
+        compare(policy, policy, lambda: [Talk(context // 16) for _ in range(16)], 256, context // 4, rounds)
 
 
 def count_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
@@ -222,7 +246,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="a model folder or a hub name")
     parser.add_argument("--adapter", help="the folder of a trained adapter")
     parser.add_argument("--tasks", type=int, default=32, help="tasks, of which 8 episodes each are played")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the comparison, of which the median counts")
     parser.add_argument("--shapes", nargs="+", default=[], metavar="MODEL", help="measure models of random weights in these shapes, or, without a GPU, count their tensors")
     parser.add_argument("--gpu-gb", type=float, default=24, help="the card that a cap on the memory stands in for")
     parser.add_argument("--context", type=int, default=8192, help="tokens of the episodes that are played with --shapes")
@@ -230,8 +254,9 @@ def main() -> None:
     options = parser.parse_args()
     for shape in options.shapes:
         if torch.cuda.is_available():
-            print(f"{shape}, random weights, {torch.cuda.get_device_name()}, capped at {options.gpu_gb * (1 - KEPT_FREE):.1f} GiB")
-            measure_shape(shape, options.gpu_gb, options.context, options.trained)
+            print(f"{shape}, random weights, {torch.cuda.get_device_name()}, capped at {options.gpu_gb * (1 - KEPT_FREE):.1f} GiB; "
+                  + ", ".join(f"{name} {version}" for name, version in versions().items()), flush=True)
+            measure_shape(shape, options.gpu_gb, options.context, options.trained, options.rounds)
         else:
             print(f"{shape}, tensors without numbers, counted")
             count_shape(shape, options.gpu_gb, options.context, options.trained)

@@ -139,6 +139,8 @@ def shape_policy(config: PreTrainedConfig, rank: int = 8) -> rl.Policy:
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             full = torch.empty(module.weight.shape, dtype=torch.bfloat16, device="meta")
             weight, state = bitsandbytes.functional.quantize_4bit(full, compress_statistics=True, quant_type="nf4")
+            if module.bias is not None:  # in 16 bits, or the first pass puts another tensor in its place, uncounted
+                module.bias.data = module.bias.data.to(torch.bfloat16)
             module.weight = bitsandbytes.nn.Params4bit(weight, quant_state=state, bnb_quantized=True, quant_type="nf4", module=module)
     model.is_loaded_in_4bit = True
     return rl.Policy(rl.attach_adapter(model, None, rank, 0).train(), None, frozenset())
