@@ -289,7 +289,7 @@ def near_duplicates(a: set[str], b: set[str]) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------
-# what a run leaves, and how it goes on
+# what a run leaves, and how it goes on (for a second reading)
 
 RECORDS = ("tasks.jsonl", "rejected.jsonl", "metrics.jsonl", "trajectories.jsonl")  # the files that grow line by line
 
