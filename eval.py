@@ -25,6 +25,7 @@ import argparse
 import builtins
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -42,8 +43,8 @@ from string import Template
 from textwrap import shorten
 from typing import Any
 
-if __name__ == "__main__":  # for as long as the libraries are loaded, which takes seconds
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; nothing was begun"))
+if __name__ == "__main__":  # for as long as the libraries are loaded: seconds, in which they may swallow an exception
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted; nothing was begun\n"), os._exit(1)))
 
 import torch
 from tqdm import tqdm
@@ -343,9 +344,11 @@ def write_report(run: Path, *others: Path) -> Path:
     Raises ValueError if a folder is not that of a run, or a file is damaged.
     """
     files, compared = read_run(run), [read_run(other, SMALL_FILES) for other in others]
-    folders = " or ".join(repr(str(folder)) for folder in (run, *others))
-    with in_a_sentence(f"make a report of {folders}", "a file is damaged: it is JSON, but not what a run writes"):
+    try:
         parts = page_parts(files, grouped([files, *compared]))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # JSON, but not a run's
+        folders = " or ".join(repr(str(folder)) for folder in (run, *others))
+        raise ValueError(f"a file of {folders} is damaged, or not one that a run writes: {error!r}") from error
     path = run / "report.html"
     page = PAGE.substitute({name: part or "<p>Nothing was recorded.</p>" for name, part in parts.items()})
     path.write_text(page, encoding="utf-8", errors="replace")
@@ -719,7 +722,7 @@ def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[l
     if not head.startswith(text[:len(head)]):  # of which a crash may have left a part only
         raise ValueError(f"{str(path)!r} holds the episodes of another evaluation, or of other versions of the "
                          "libraries, or something else: name another file, or delete it to begin anew")
-    with in_a_sentence(f"go on from {str(path)!r}", "the file is damaged: name another, or delete it to begin anew"):
+    with in_a_sentence(f"go on from {str(path)!r}", "it is damaged: delete it, or name another, to begin anew"):
         lines = [dict(json.loads(line)) for line in whole.splitlines()[1:]]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(whole, encoding="utf-8", errors="surrogateescape")

@@ -38,8 +38,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # for as long as the libraries are loaded, which takes seconds
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; nothing was begun"))
+if __name__ == "__main__":  # for as long as the libraries are loaded: seconds, in which they may swallow an exception
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted; nothing was begun\n"), os._exit(1)))
 
 import torch
 from torch import Generator, Tensor
@@ -58,9 +58,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers import DynamicCache, PreTrainedConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-from tools import ENVIRONMENTS, STOP, TINY, Environment, endpoint_model, load_benchmarks  # noqa: E402
+from tools import AGENT_TOKENS, ENVIRONMENTS, STOP, TINY, Environment, endpoint_model, load_benchmarks  # noqa: E402
 from tools import make_environment, open_conversation, spoken  # noqa: E402
-from verify import CodeAsTask, FormatError, Jail, Verdict, add_benchmark_options  # noqa: E402
+from verify import CodeAsTask, FormatError, Jail, TaskError, Verdict, add_benchmark_options  # noqa: E402
 from verify import evaluate, guarded, observation, parse_step, read_lines  # noqa: E402
 
 transformers_logging.disable_progress_bar()
@@ -871,7 +871,9 @@ def train(
     if not tasks:
         raise PolicyError("there are no tasks to train on")
     limits = rollout_limits(options)
-    teacher = endpoint_model(options.teacher_endpoint, options.teacher_model) if options.teacher_endpoint else None
+    teacher = None
+    if options.teacher_endpoint:
+        teacher = endpoint_model(options.teacher_endpoint, options.teacher_model, AGENT_TOKENS)
     bar = tqdm(range(first, options.steps), desc="train", unit="step", dynamic_ncols=True)
     for step in bar:
         started = time.monotonic()
@@ -935,8 +937,10 @@ def record(phase: str, step: int | None, episode: Episode) -> dict:
 def read_tasks(path: Path) -> Iterator[CodeAsTask]:
     """Yield the tasks of a file; raises PolicyError that names the line if one cannot be read."""
     for number, line in enumerate(read_lines(path), start=1):
-        with in_a_sentence(f"read a task from line {number} of {path}", f"python verify.py {path} judges every line"):
+        try:
             yield CodeAsTask.from_json(line)
+        except TaskError as error:
+            raise PolicyError(f"line {number} of {path} is no task: {error}") from error
 
 
 def append_lines(path: Path, records: list[dict]) -> None:

@@ -29,8 +29,8 @@ from contextlib import suppress
 from pathlib import Path
 from zipfile import ZipFile
 
-if __name__ == "__main__":  # for as long as the libraries are loaded, which takes seconds
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; nothing was begun"))
+if __name__ == "__main__":  # for as long as the libraries are loaded: seconds, in which they may swallow an exception
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted; nothing was begun\n"), os._exit(1)))
 
 import torch
 from tqdm import tqdm
@@ -38,9 +38,9 @@ from tqdm import tqdm
 from eval import BenchmarkTask, SUITES, SURVIVED, continued, evaluate_policy, format_table, load_suite, setting_of
 from eval import write_report
 from rl import Episode, Help, Policy, add_training_options, advice_on_memory, append_lines, in_a_sentence
-from rl import load_policy, make_optimizer, natural, positive, prepare, record, rollout, rollout_limits, save_adapter
-from rl import seeded, train, versions
-from tools import ENVIRONMENTS, Environment, endpoint_model, make_environment
+from rl import is_out_of_memory, load_policy, make_optimizer, natural, positive, prepare, record, rollout
+from rl import rollout_limits, save_adapter, seeded, train, versions
+from tools import AGENT_TOKENS, ENVIRONMENTS, Environment, endpoint_model, make_environment
 from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task
 
 # ---------------------------------------------------------------------------------------------------
@@ -101,7 +101,8 @@ FOR_A_CUSTOMER = """
 
 The other agent serves a customer, who alone is given your instruction and tells it bit by bit. Address it to the
 customer ("You want to ..."), and say all that the customer knows and wants. Name orders and reservations by what is in
-them, for their numbers are struck out. The rules above are those of the other agent: ask for what they allow."""
+them, not by their numbers, which the other agent must find. The rules above are that agent's: ask for what they
+allow."""
 JUDGED_BY_ANSWER = """evaluate(answer) gets the final answer and compares it with what you computed: a number as a
   number, also if it was written as text, and a tuple as a list."""
 JUDGED_BY_STATE = "evaluate() looks at the state that is left, through the tools, and at nothing else."
@@ -309,14 +310,19 @@ class Run:
         self.checkpoint = folder / "checkpoint" / "state.pt"
         sizes = {}
         if self.checkpoint.exists():
-            with in_a_sentence(f"go on from {self.checkpoint}", "damaged, or of another model: start a new run"):
+            try:
                 if ZipFile(self.checkpoint).testzip():  # which torch does not look at
                     raise ValueError("a part of the file has changed")
                 state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-                sizes = state["files"]
+                sizes = dict(state["files"])
                 self.progress |= state["progress"]
                 optimizer.load_state_dict(state["optimizer"])
                 policy.model.load_state_dict(state["adapter"], strict=False)  # which leaves the base as it is
+            except Exception as error:  # whatever a damaged file makes its readers raise
+                if is_out_of_memory(error):
+                    raise
+                raise ValueError(f"the checkpoint {self.checkpoint} is damaged or belongs to another model; "
+                                 "start a new run") from error
         elif any((folder / name).exists() for name in RECORDS):
             raise ValueError(f"{folder} has lost its checkpoint, so it cannot be continued; start a new run")
         for name, size in sizes.items():
@@ -451,7 +457,7 @@ def challenge(jail: Jail, held_out: HeldOut, run: Run, options: argparse.Namespa
     model, limits = None, rollout_limits(options)
     begun, total = run.progress["challenges"], options.challenges
     if options.challenger_endpoint:
-        model = endpoint_model(options.challenger_endpoint, options.challenger_model)
+        model = endpoint_model(options.challenger_endpoint, options.challenger_model, AGENT_TOKENS)
         limits["context"] = sys.maxsize  # --context is for what is trained on
     revisions = options.revisions if options.filter else 0
     kept = [(task["env"], task_words(task)) for task in run.read("tasks.jsonl")]
@@ -579,6 +585,7 @@ def main() -> int:
             finally:
                 with suppress(OSError):  # it is not empty: the run has begun
                     folder.rmdir()
+                    folder.parent.rmdir()
 
     def how_to_go_on() -> str:
         begun = [folder for folder in opened if folder.exists()]

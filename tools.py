@@ -764,10 +764,13 @@ def spoken(text: str) -> str:
     return STOP if STOP in text else text.strip() or "(The customer says nothing.)"
 
 
-def endpoint_model(url: str, model: str, tries: int = 4, wait: float = 1.0) -> Callable:
+AGENT_TOKENS = 4096  # in a message of another challenger or teacher, which may think at length; a user says a sentence
+
+
+def endpoint_model(url: str, model: str, tokens: int = 1024, tries: int = 4, wait: float = 1.0) -> Callable:
     """Return a model behind an OpenAI-compatible address: a function from conversations to its next messages.
 
-    A message has at most 4,096 tokens. The key is taken from the environment (OPENAI_API_KEY) and goes nowhere else. A
+    A message has at most so many `tokens`. The key is taken from the environment (OPENAI_API_KEY) and goes nowhere else. A
     conversation whose request fails `tries` times, after waits of `wait` seconds that double, gets None.
     """
     from huggingface_hub import InferenceClient  # here, because only this needs it
@@ -776,7 +779,7 @@ def endpoint_model(url: str, model: str, tries: int = 4, wait: float = 1.0) -> C
     def ask(conversation: list[dict]) -> str | None:
         for attempt in range(tries):
             try:
-                answer = client.chat_completion(conversation, model=model, max_tokens=4096)
+                answer = client.chat_completion(conversation, model=model, max_tokens=tokens)
                 text = answer.choices[0].message.content
                 return "" if text is None else text.encode().decode()  # which raises for anything but whole characters
             except Exception as error:  # of the network, of the server, or of what it answers: all may pass

@@ -154,12 +154,13 @@ class Step:
 def parse_step(text: str) -> Step:
     """Return the step in a model's text, whose thought may be missing; raises FormatError, with REMINDER, otherwise.
 
-    Only what the text begins with, save for white space, is a thought, and `ACTION:` within it is not an action yet,
+    A `<think>` block at the beginning, as some models write it, does not count. Only what the text then begins with, save
+    for white space, is a thought, and `ACTION:` within it is not an action yet,
     not even if the thought never ends; `ANSWER:` within an action is a part of its code. Other words may stand before
     and after the one action or answer, but no second one. An answer may be empty; an action, without its indentation
     and fence (`strip_fence`), may not. No part has white space around it.
     """
-    text = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL)  # how some models think before they write
+    text = re.sub(r"^\s*<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
     ### BEGIN SOLUTION
     thought, rest = "", text
     if text.lstrip().startswith("THOUGHT:"):
@@ -665,7 +666,7 @@ class Session(contextlib.AbstractContextManager):
     def close(self) -> None:
         """End the child, if there is one, and begin with an empty past."""
         self.actions = 0  # that were begun
-        self.untold: list[tuple[bytes, bytes]] = []  # to a child, with what it should reply
+        self.untold: list[list[tuple[bytes, bytes]]] = []  # of each action, messages and what a child should reply
         self.past = hashlib.sha256(b"%d\n" % self.replica)  # of the replica and all messages, for the jail's memory
         self.remembers = True  # as long as no code mentions time
         if self.channel is not None:
@@ -701,6 +702,8 @@ class Session(contextlib.AbstractContextManager):
         """Send a request, then the result of each tool call that is the reply; return the outcome that is the last."""
         self.actions += 1
         self.deadline = time.monotonic() + self.jail.seconds
+        if self.channel is None:
+            self.untold.append([])
         for calls in itertools.count(1):
             match self.reply(message):
                 case {"tool": str(name), "arguments": list(arguments), "keywords": dict(keywords)}:
@@ -718,7 +721,7 @@ class Session(contextlib.AbstractContextManager):
         past, replies = self.past.digest(), self.jail.replies
         line = replies.get(past) if self.remembers and self.channel is None else None
         if line is not None:
-            self.untold.append((message, line))
+            self.untold[-1].append((message, line))
         else:
             if self.channel is None:
                 self.start_child()
@@ -736,12 +739,12 @@ class Session(contextlib.AbstractContextManager):
     def start_child(self) -> None:
         """Start a child, and tell it all that came before; raises ChildLost if it does not reply as remembered."""
         self.control, self.pid, self.channel = self.jail.servers[self.replica % 2].child()
-        self.deadline = time.monotonic() + self.actions * self.jail.seconds  # for all actions, this one included
-        for message, remembered in self.untold:
-            if self.exchange(message) != remembered:
-                raise ChildLost("the code does not do the same again")
+        for action in self.untold:  # each has its own time, the last and what is new in it together
+            self.deadline = time.monotonic() + self.jail.seconds
+            for message, remembered in action:
+                if self.exchange(message) != remembered:
+                    raise ChildLost("the code does not do the same again")
         self.untold.clear()
-        self.deadline = time.monotonic() + self.jail.seconds  # for what is new
 
     def exchange(self, message: bytes) -> bytes:
         """Return the line with which the child replies; raises ChildLost if it is late, dead, or floods the pipe."""
@@ -857,7 +860,7 @@ def what_is_left(jail: Jail, task: CodeAsTask, replica: int, what: str, code: st
         outcome = session.run(code)
     if outcome.error is not None:
         raise TaskError("runs", f"{what} does not run:\n{outcome.error}")
-    return environment, None if environment.talks else outcome.value  # to a customer an answer is a message
+    return environment, outcome.value
 
 
 def accepts(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: Environment, answer: Any) -> bool:

@@ -859,6 +859,17 @@ def test_remembered_actions_lend_no_time_to_a_new_one():
         assert time.monotonic() - start < 5  # a generous bound: twenty actions' time would be 10 s
 
 
+def test_what_is_remembered_of_an_action_takes_from_its_time():
+    """Or what was late once would be in time when it is run again, and tasks would be kept that were rejected before."""
+    slow = "__import__('ti' + 'me').sleep(0.35)"  # it hides that it waits, so that the jail remembers
+    with Jail(seconds=0.5) as jail:
+        for earlier in ([], ["x = 1", "y = 2", "z = 3"]):
+            for _ in range(3):
+                with jail.session(make_environment("calculator", SEED)) as session:
+                    assert [session.run(code).error for code in earlier] == [None] * len(earlier)
+                    assert "longer than 0.5 seconds" in session.run(f"{slow}\namount('tea')\n{slow}").error
+
+
 def test_a_child_that_is_started_late_has_the_time_of_all_that_it_has_to_catch_up_with():
     slow = "for n in range(5_000_000): pass\nprint('done', {})"  # without a clock, so that it is remembered
     with Jail(seconds=2.0) as jail:  # each takes a tenth of that, all together more

@@ -92,6 +92,7 @@ def change(task, **parts):
     ("THOUGHT: the ACTION: comes later END THOUGHT ACTION: f() END ACTION", "the ACTION: comes later", "action", "f()"),
     ("ACTION: print('ANSWER: 5') END ACTION", "", "action", "print('ANSWER: 5')"),
     ("<think>\nAn ACTION: f() END ACTION?\n</think>\nTHOUGHT: no END THOUGHT ANSWER: 5 END ANSWER", "no", "answer", "5"),
+    ("<think>a</think> ANSWER: 5 END ANSWER", "", "answer", "5"),
     ("ACTION: print('<think>ANSWER: 5</think>') END ACTION", "", "action", "print('<think>ANSWER: 5</think>')"),
 ])
 def test_a_step_is_parsed(text, thought, kind, content):
@@ -103,6 +104,7 @@ def test_a_step_is_parsed(text, thought, kind, content):
     "",
     "I would look the tea up.",
     "THOUGHT: it is 5 END THOUGHT",
+    "<think>not closed ACTION: f() END ACTION",
     "THOUGHT: not closed ACTION: f() END ACTION",
     "ACTION: f()",
     "ANSWER: 5",
