@@ -1,7 +1,7 @@
 """How fast episodes are played, beside what one would write instead; or what large models need.
 
     python tests/bench_rl.py                            (the embedded model, on a CPU)
-    python tests/bench_rl.py --gpu-gb 24 --rounds 0 --shapes meta-llama/Llama-3.1-8B-Instruct \\
+    python tests/bench_rl.py --gpu-gb 24 --shapes meta-llama/Llama-3.1-8B-Instruct \\
         meta-llama/Llama-3.2-3B-Instruct meta-llama/Llama-3.2-1B-Instruct
                                                         (models of random weights in these shapes, on a GPU of at least that size)
 
@@ -12,10 +12,11 @@ the table shows the medians. What is sampled differs, so tokens a second are com
 With --shapes each model is trained on one trajectory of the paper's context, and plays 16 episodes of 8,192 tokens, as
 many at once as `rl.py --fit` says, under a cap on the memory that stands in for the card. The peaks stand beside what
 --fit predicts. The episodes begin with seven eighths of their context, which needs as much memory as a whole one, and much
-less time. With --rounds above 0, 16 shorter episodes are then played in the three ways, which takes longer than all the rest.
+less time. With --rounds, 16 shorter episodes are then played in the three ways, which takes longer than all the rest.
 Weights are random, so every turn runs until it is cut; speed and memory do not depend on that. Each figure is printed when it
-is known, and a way that fails, for want of memory or otherwise, is told and leaves the others as they are. Without a GPU the code of training and rollouts runs on tensors that have
-shapes and no numbers, and only the peaks are told, counted (see live_memory.py).
+is known, and what fails, for want of memory or otherwise, is told and leaves the others as they are (the exit status is 1
+then). Without a GPU the code of training and rollouts runs on tensors that have shapes and no numbers, and only the peaks are
+told, counted (see live_memory.py).
 """
 import argparse
 import gc
@@ -50,6 +51,7 @@ from rl import (  # noqa: E402
     make_optimizer,
     memory_of,
     most_parallel,
+    positive,
     reinforce_step,
     rollout,
     rollout_bytes,
@@ -107,6 +109,7 @@ def by_rollout(policy: Policy, episodes: list[Episode], generator: torch.Generat
     return rollout(policy, episodes, generator, parallel=len(episodes), turn_tokens=turn_tokens, context=context)
 
 
+FAILED: list[str] = []
 WAYS = {
     "generate, at every turn": partial(turn_by_turn, by_generate),
     "continuous batching, at every turn": partial(turn_by_turn, by_continuous_batching),
@@ -119,8 +122,9 @@ def told(what: str) -> Iterator[None]:
     """Tell that something fails, and go on: a card is lent for minutes, and the other figures count as well."""
     try:
         yield
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:
         print(f"  {what} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        FAILED.append(what)
 
 
 def compare(
@@ -246,7 +250,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="a model folder or a hub name")
     parser.add_argument("--adapter", help="the folder of a trained adapter")
     parser.add_argument("--tasks", type=int, default=32, help="tasks, of which 8 episodes each are played")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of the comparison, of which the median counts")
+    parser.add_argument("--rounds", type=positive, help="rounds of the comparison, of which the median counts: 5, with --shapes none")
     parser.add_argument("--shapes", nargs="+", default=[], metavar="MODEL", help="measure models of random weights in these shapes, or, without a GPU, count their tensors")
     parser.add_argument("--gpu-gb", type=float, default=24, help="the card that a cap on the memory stands in for")
     parser.add_argument("--context", type=int, default=8192, help="tokens of the episodes that are played with --shapes")
@@ -256,7 +260,8 @@ def main() -> None:
         if torch.cuda.is_available():
             print(f"{shape}, random weights, {torch.cuda.get_device_name()}, capped at {options.gpu_gb * (1 - KEPT_FREE):.1f} GiB; "
                   + ", ".join(f"{name} {version}" for name, version in versions().items()), flush=True)
-            measure_shape(shape, options.gpu_gb, options.context, options.trained, options.rounds)
+            with told(shape):
+                measure_shape(shape, options.gpu_gb, options.context, options.trained, options.rounds or 0)
         else:
             print(f"{shape}, tensors without numbers, counted")
             count_shape(shape, options.gpu_gb, options.context, options.trained)
@@ -273,8 +278,9 @@ def main() -> None:
             jail.replies.clear()
             return [executor(jail, task) for task in tasks for _ in range(8)]
 
-        compare(policy, library, make_episodes, turn_tokens=176, context=512, rounds=options.rounds)
+        compare(policy, library, make_episodes, turn_tokens=176, context=512, rounds=options.rounds or 5)
 
 
 if __name__ == "__main__":
     main()
+    sys.exit(1 if FAILED else 0)
