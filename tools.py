@@ -770,8 +770,8 @@ AGENT_TOKENS = 4096  # in a message of another challenger or teacher, which may 
 def endpoint_model(url: str, model: str, tokens: int = 1024, tries: int = 4, wait: float = 1.0) -> Callable:
     """Return a model behind an OpenAI-compatible address: a function from conversations to its next messages.
 
-    A message has at most so many `tokens`. The key is taken from the environment (OPENAI_API_KEY) and goes nowhere else. A
-    conversation whose request fails `tries` times, after waits of `wait` seconds that double, gets None.
+    A message has at most so many `tokens`. The key is taken from the environment (OPENAI_API_KEY) and goes nowhere
+    else. A conversation whose request fails `tries` times, after waits of `wait` seconds that double, gets None.
     """
     from huggingface_hub import InferenceClient  # here, because only this needs it
     client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=120)
