@@ -212,10 +212,8 @@ class Challenger(Episode):
         super().__init__(jail, env, seed)
         self.revisions = revisions
         self.submissions: list[tuple[CodeAsTask | None, Judgement]] = []
-        self.messages = [
-            {"role": "system", "content": challenger_prompt(self.environment)},
-            {"role": "user", "content": self.environment.starting_point()},
-        ]
+        self.messages = [{"role": "system", "content": challenger_prompt(self.environment)},
+                         {"role": "user", "content": self.environment.starting_point()}]
 
     def answer(self, content: str) -> str | None:
         """Judge the task that is handed in; return why it was rejected, or None if that is the end."""
@@ -403,8 +401,7 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
         measure_phase("before", suites, jail, run, options)
         tasks = challenge(jail, held_out, run, options)
         if not tasks:
-            raise ValueError("no task survived the filter, so there is nothing to train on: raise --challenges, or see "
-                             f"{folder / 'rejected.jsonl'} for the reasons")
+            raise ValueError(f"no task survived the filter: {folder / 'rejected.jsonl'} says why; --challenges makes more")
         for metrics, episodes in train(policy, run.optimizer, jail, tasks, options, first=run.progress["steps"]):
             append_lines(folder / "metrics.jsonl", [metrics])
             append_lines(folder / "trajectories.jsonl", episodes)
