@@ -401,7 +401,7 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
         measure_phase("before", suites, jail, run, options)
         tasks = challenge(jail, held_out, run, options)
         if not tasks:
-            raise ValueError(f"no task survived the filter: {folder / 'rejected.jsonl'} says why; --challenges makes more")
+            raise ValueError(f"no task survived the filter: see {folder / 'rejected.jsonl'}, or raise --challenges")
         for metrics, episodes in train(policy, run.optimizer, jail, tasks, options, first=run.progress["steps"]):
             append_lines(folder / "metrics.jsonl", [metrics])
             append_lines(folder / "trajectories.jsonl", episodes)
