@@ -666,7 +666,7 @@ class Session(contextlib.AbstractContextManager):
     def close(self) -> None:
         """End the child, if there is one, and begin with an empty past."""
         self.actions = 0  # that were begun
-        self.untold: list[list[tuple[bytes, bytes]]] = []  # of each action, messages and what a child should reply
+        self.untold: list[list[tuple[bytes, bytes]]] = []  # of each action so far, messages and replies, should a child start
         self.past = hashlib.sha256(b"%d\n" % self.replica)  # of the replica and all messages, for the jail's memory
         self.remembers = True  # as long as no code mentions time
         if self.channel is not None:
@@ -703,7 +703,7 @@ class Session(contextlib.AbstractContextManager):
         self.actions += 1
         self.deadline = time.monotonic() + self.jail.seconds
         if self.channel is None:
-            self.untold.append([])
+            self.untold.append([])  # this action's; should it need a child, its time begins with that: start_child
         for calls in itertools.count(1):
             match self.reply(message):
                 case {"tool": str(name), "arguments": list(arguments), "keywords": dict(keywords)}:
