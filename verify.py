@@ -666,7 +666,7 @@ class Session(contextlib.AbstractContextManager):
     def close(self) -> None:
         """End the child, if there is one, and begin with an empty past."""
         self.actions = 0  # that were begun
-        self.untold: list[list[tuple[bytes, bytes]]] = []  # of each action so far, messages and replies, should a child start
+        self.untold: list[list[tuple[bytes, bytes]]] = []  # of each action, messages with their replies
         self.past = hashlib.sha256(b"%d\n" % self.replica)  # of the replica and all messages, for the jail's memory
         self.remembers = True  # as long as no code mentions time
         if self.channel is not None:
