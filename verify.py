@@ -179,11 +179,9 @@ def parse_step(text: str) -> Step:
 
 def strip_fence(code: str) -> str:
     """Return code without the indentation and the Markdown fences that models put around it."""
-    while True:
-        code = textwrap.dedent(code).strip() if code.lstrip(" \t").startswith("\n") else code.strip()
-        if not code.startswith("```"):
-            return code
-        code = "\n" + code.partition("\n")[2].removesuffix("```")
+    while code.lstrip().startswith("```"):
+        code = "\n" + code.lstrip().partition("\n")[2].rstrip().removesuffix("```")
+    return textwrap.dedent(code).strip() if code.lstrip(" \t").startswith("\n") else code.strip()
 
 
 def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
