@@ -402,6 +402,8 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
         tasks = challenge(jail, held_out, run, options)
         if not tasks:
             raise ValueError(f"no task survived the filter: see {folder / 'rejected.jsonl'}, or raise --challenges")
+        shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in render_task(tasks[0]))  # as for a terminal
+        print(f"one that was kept:\n{shown}")
         for metrics, episodes in train(policy, run.optimizer, jail, tasks, options, first=run.progress["steps"]):
             append_lines(folder / "metrics.jsonl", [metrics])
             append_lines(folder / "trajectories.jsonl", episodes)
@@ -409,7 +411,6 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
             run.save("train")
         save_adapter(policy, folder / "adapter")
         measure_phase("after", suites, jail, run, options)
-    memory = run.progress["memory_bytes"]
     summary = {
         "model": options.model,
         "seed": options.seed,
@@ -417,8 +418,8 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
         **run.progress["results"],
         "filter": run.progress["filter"],
         "wall_s": {phase: round(seconds, 1) for phase, seconds in run.progress["wall_s"].items()},
-        "memory_bytes": memory,
-        "peak_memory_bytes": max(memory.values()),
+        "memory_bytes": run.progress["memory_bytes"],
+        "peak_memory_bytes": max(run.progress["memory_bytes"].values()),
         "versions": versions(),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
@@ -458,24 +459,24 @@ def challenge(jail: Jail, held_out: HeldOut, run: Run, options: argparse.Namespa
         limits["context"] = sys.maxsize  # --context is for what is trained on
     revisions = options.revisions if options.filter else 0
     kept = [(task["env"], task_words(task)) for task in run.read("tasks.jsonl")]
-    bar = tqdm(total=total, initial=begun, desc="challenge", unit="attempt", dynamic_ncols=True)
-    for first in range(begun, total, options.parallel):
-        attempts = range(first, min(first + options.parallel, total))
-        worlds = [(options.env[i % len(options.env)], options.seed * 10**5 + i) for i in attempts]
-        episodes = [Challenger(jail, env, seed, revisions) for env, seed in worlds]
-        generator = seeded(run.policy.device, options.seed, "challenge", first)
-        rollout(run.policy, episodes, generator, bar=bar, model=model, **limits)
-        for episode in episodes:
-            line = sort_out(episode, kept, held_out, options.filter)
-            if "stage" in line:
-                append_lines(run.folder / "rejected.jsonl", [line])
-            else:
-                append_lines(run.folder / "tasks.jsonl", [line])
-                kept.append((line["env"], task_words(line)))
-            append_lines(run.folder / "trajectories.jsonl", [record("challenge", first, episode)])
-        run.progress["challenges"] = attempts.stop
-        run.save("challenge")
-        bar.set_postfix(kept=f"{len(kept) / attempts.stop:.2f}")
+    with tqdm(total=total, initial=begun, desc="challenge", unit="attempt", dynamic_ncols=True) as bar:
+        for first in range(begun, total, options.parallel):
+            attempts = range(first, min(first + options.parallel, total))
+            worlds = [(options.env[i % len(options.env)], options.seed * 10**5 + i) for i in attempts]
+            episodes = [Challenger(jail, env, seed, revisions) for env, seed in worlds]
+            generator = seeded(run.policy.device, options.seed, "challenge", first)
+            rollout(run.policy, episodes, generator, bar=bar, model=model, **limits)
+            for episode in episodes:
+                line = sort_out(episode, kept, held_out, options.filter)
+                if "stage" in line:
+                    append_lines(run.folder / "rejected.jsonl", [line])
+                else:
+                    append_lines(run.folder / "tasks.jsonl", [line])
+                    kept.append((line["env"], task_words(line)))
+                append_lines(run.folder / "trajectories.jsonl", [record("challenge", first, episode)])
+            run.progress["challenges"] = attempts.stop
+            run.save("challenge")
+            bar.set_postfix(kept=f"{len(kept) / attempts.stop:.2f}")
     rejected = Counter(line["stage"] for line in run.read("rejected.jsonl"))
     run.progress["filter"] = {stage: rejected[stage] for stage in SURVIVED} | {"ok": len(kept)}
     stages = ", ".join(f"{stage} {rejected[stage]}" for stage in SURVIVED)

@@ -946,6 +946,7 @@ def read_lines(path: str) -> Iterator[str]:
 def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int:
     """Do the work of a command; return its exit status. What a user can cause gets one sentence, with a hint."""
     status, problem = 0, None
+    sys.stdout.reconfigure(errors="replace")  # it may lack some characters
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the libraries are loaded
     try:
         work()

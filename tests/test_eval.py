@@ -1,4 +1,5 @@
 """What eval.py promises: metrics equal to their definitions, sound suites, and a report that shows all text as text."""
+import io
 import itertools
 import json
 import math
@@ -479,6 +480,13 @@ def test_the_script_answers_a_missing_model_with_one_sentence():
     assert (finished.returncode, finished.stdout) == (2, "")
     assert "cannot load the model 'no-such-model'" in finished.stderr.splitlines()[-1]
     assert "Traceback" not in finished.stderr
+
+
+def test_a_terminal_may_lack_characters(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--suite", "shop", "--policy", "nothing", "--allow-weak-jail"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert evaluation.main() == 0
+    assert b"0.0 ? 0.0" in sys.stdout.buffer.getvalue()  # the question mark stands for a plus-minus
 
 
 @pytest.mark.parametrize("arguments, sentence", [

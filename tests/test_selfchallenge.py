@@ -220,6 +220,7 @@ def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     done = command(*SMALL, "--name", "a", cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
+    (folder / "printed").write_text(done.stdout)
     return folder / "runs" / "a"
 
 
@@ -241,6 +242,12 @@ def test_a_run_leaves_what_the_contract_names(whole):
     assert all(json.loads(line)["reason"] for line in rejected)
     assert len((whole / "metrics.jsonl").read_text().splitlines()) == 3
     assert (whole / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_shows_a_task_that_was_kept_and_where_its_report_is(whole):
+    printed = (whole.parent.parent / "printed").read_text()
+    kept = CodeAsTask.from_json((whole / "tasks.jsonl").read_text().splitlines()[0])
+    assert f"one that was kept:\n{render_task(kept)}\n" in printed and printed.endswith("report: runs/a/report.html\n")
 
 
 def test_no_task_of_a_run_leaks(whole, held_out):
