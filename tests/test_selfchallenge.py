@@ -255,12 +255,14 @@ def test_no_task_of_a_run_leaks(whole, held_out):
     assert lines and not any(held_out.leaks(line["instruction"]) for line in lines)
 
 
-def test_no_task_of_an_unfiltered_pool_leaks(jail, tmp_path, held_out):
+def test_no_task_of_an_unfiltered_pool_leaks(jail, tmp_path, held_out, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", sys.stdout)  # as on a terminal
     options, policy = parse_options([*SMALL, "--no-filter"]), load_policy("tiny")
     run = selfchallenge.Run(tmp_path, policy, make_optimizer(policy, 1e-3))
     tasks = selfchallenge.challenge(jail, held_out, run, options)
     assert len(tasks) > 12 and not any(held_out.leaks(task.instruction) for task in tasks)
     assert run.read("tasks.jsonl") == [vars(task) for task in tasks]
+    assert "\n24 attempts, " in capsys.readouterr().out  # below the bar, not behind it
 
 
 def test_the_kept_tasks_pass_the_filter_again(whole):
