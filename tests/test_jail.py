@@ -328,7 +328,7 @@ BREAKING = {
     "recursion_in_c": "x = iter(())\nfor i in range(200_000): x = map(int, x)\nlist(x)",
     "recursion_without_a_limit": "import sys; sys.setrecursionlimit(10**9)\ndef f(): return [*map(lambda x: f(), [1])]\nf()",
     "recursion": "def f(): f()\nf()",
-    "a_chain_of_exceptions": "e = Exception()\nfor i in range(10**6):\n    n = Exception(); n.__cause__ = e; e = n\nraise e",
+    "a_chain_of_exceptions": "e = Exception()\nfor i in range(200_000):\n    n = Exception(); n.__cause__ = e; e = n\nraise e",
     "source_that_nests_parentheses": "(" * 5_000 + ")" * 5_000,
     "source_that_nests_operators": "x = " + "-" * 60_000 + "1",
     "source_that_nests_attributes": "a" + ".b" * 30_000,
