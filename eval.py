@@ -43,7 +43,7 @@ from string import Template
 from textwrap import shorten
 from typing import Any
 
-if __name__ == "__main__":  # for as long as the libraries are loaded: seconds, in which they may swallow an exception
+if __name__ == "__main__":  # while the libraries load: seconds, in which they may swallow an exception
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted; nothing was begun\n"), os._exit(1)))
 
 import torch
@@ -133,8 +133,8 @@ def summarize(rewards: torch.Tensor, greedy: torch.Tensor) -> dict:
     """Return a suite's numbers from 0/1 rewards [tasks, trials] at temperature 1 and `greedy` [tasks].
 
     Each metric is a fraction, a mean over tasks, with its standard error beside it as "<metric>_se"; "n" counts
-    the tasks. With fewer than four trials there is no "pass@4" and no "pass^4". NaN is a trial that does not count.
-    Raises ValueError if none counts.
+    the tasks. With fewer than four trials there is no "pass@4" and no "pass^4". NaN is a trial that does not count:
+    "user_failed" is the number of these, if there are any. Raises ValueError if none of the sampled ones counts.
     """
     trials = [[reward for reward in row if not math.isnan(reward)] for row in rewards.tolist()]  # of each task
     counts = [(len(row), int(sum(row))) for row in trials if len(row) >= 4]
@@ -150,7 +150,7 @@ def summarize(rewards: torch.Tensor, greedy: torch.Tensor) -> dict:
     for metric, per_task in values.items():
         if per_task:
             numbers |= {metric: fmean(per_task), f"{metric}_se": standard_error(per_task)}
-    failed = int(rewards.isnan().sum())
+    failed = int(rewards.isnan().sum() + greedy.isnan().sum())
     return numbers | ({"user_failed": failed} if failed else {})
 
 
@@ -192,8 +192,9 @@ def evaluate_policy(
     The numbers of a suite (`numbers_of`) do not depend on which others are played. The records are lines of
     trajectories.jsonl (`rl.record`) of the phase `label`, with "greedy", "task" and "trial". `parallel` episodes are a
     wave, and what one samples depends on its whole wave. A wave goes to `write` as it ends; with those of an
-    interrupted evaluation in `finished` the rest comes out as if it had never been interrupted. `limits` (turn_tokens,
-    context, user) go to `rl.rollout`. The policy may be the name of a baseline, whose trials are all alike.
+    interrupted evaluation in `finished` and the same `parallel` the rest comes out as if nothing had happened. `limits`
+    (turn_tokens, context, user) go to `rl.rollout`. The policy may be the name of a baseline, whose trials are all
+    alike, and whose records hold the reward alone.
     """
     results, records = {}, []
     for suite, tasks in suites.items():
@@ -310,11 +311,11 @@ SURVIVED = {  # what is known of a task that the filter has not rejected at a st
 }
 NORMAL = {  # what the learning curve's figures are, and what is normal for them
     "reward": "mean over the step's rollouts; rises, with noise, because every step plays other tasks",
-    "signal": "share of tasks whose rollouts did not all end alike: only they teach; falls as tasks become easy",
+    "signal": "share of tasks with successes and failures: with a baseline only they teach; falls as tasks get easy",
     "loss": "of either sign, near 0 or not: REINFORCE's loss is no error that has to fall; look at the reward",
-    "gradient_norm": "before it is cut to 1; differs from step to step, and 0 means that no task had signal",
+    "gradient_norm": "before it is cut to 1; differs from step to step, and 0 means that nothing was learnt",
     "mismatch_kl": "sampler against trainer, which are one model: near 0; above 0.01 something is wrong",
-    "trained_tokens": "sampled tokens of the tasks with signal; falls with it, and rises as episodes grow longer",
+    "trained_tokens": "sampled tokens of the episodes that teach; falls with the signal, rises as episodes grow longer",
 }
 
 
@@ -698,7 +699,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict]:
 
 
 def setting_of(options: argparse.Namespace) -> dict:
-    """Return what an evaluation's numbers depend on: the model, who plays the users, the decoding, the versions."""
+    """Return what an evaluation's numbers depend on, save for --parallel: the model, the users, decoding, versions."""
     named = ["policy", "model", "adapter", "seed", "trials", "turn_tokens", "context", "airline"]
     endpoint = options.user_endpoint
     return {

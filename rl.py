@@ -9,7 +9,7 @@ fine-tuning (RFT): only the successes carry gradient. What differs here, and why
 * QLoRA instead of full fine-tuning, and logits in chunks, so that an 8B model and the paper's context of 16,192 tokens
   are meant for one card: `python rl.py --fit MODEL` says what fits, before any weights are downloaded.
 * no division by a group's standard deviation and none by a trajectory's length (Dr. GRPO, arXiv 2503.20783),
-  no clipping and no KL term: one gradient step per batch of rollouts needs none of them.
+  no clipping of ratios and no KL term: one gradient step per batch of rollouts needs none of them.
 
 The data flow: episodes --rollout--> trajectories --advantages--> A --reinforce_step--> policy.
 
@@ -38,7 +38,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # for as long as the libraries are loaded: seconds, in which they may swallow an exception
+if __name__ == "__main__":  # while the libraries load: seconds, in which they may swallow an exception
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted; nothing was begun\n"), os._exit(1)))
 
 import torch
@@ -53,15 +53,15 @@ warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|past_key_va
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces optional kernels that we do not need
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less of a GPU's memory is lost in gaps
 torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, and in a rollout each token brings another
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
-from transformers import DynamicCache, PreTrainedConfig  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
 
-from tools import AGENT_TOKENS, ENVIRONMENTS, STOP, TINY, Environment, endpoint_model, load_benchmarks  # noqa: E402
-from tools import make_environment, open_conversation, spoken  # noqa: E402
-from verify import CodeAsTask, FormatError, Jail, TaskError, Verdict, add_benchmark_options  # noqa: E402
-from verify import evaluate, guarded, observation, parse_step, read_lines  # noqa: E402
+from tools import AGENT_TOKENS, ENVIRONMENTS, STOP, TINY, Environment, endpoint_model, load_benchmarks
+from tools import make_environment, open_conversation, spoken
+from verify import CodeAsTask, FormatError, Jail, TaskError, Verdict, add_benchmark_options
+from verify import evaluate, guarded, observation, parse_step, read_lines
 
 transformers_logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt when there is no network
@@ -105,21 +105,22 @@ def in_a_sentence(what: str, advice: str) -> Iterator[None]:
     except Exception as error:  # whatever its files, or code made for another one, make the libraries raise
         if is_out_of_memory(error):  # see advice_on_memory
             raise
-        lines = str(error).strip().split("\n")
-        reason = " ".join(lines[:1 + lines[0].endswith(":")]).strip()[:300]  # some list all models that there are
+        lines = str(error).strip().split("\n")  # of which some list all models that there are
+        reason = " ".join(lines[:1 + lines[0].endswith(":")]).partition(". ")[0].strip()[:300]
         raise PolicyError(f"cannot {what}: {reason} ({advice})") from error
 
 
 def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, seed: int = 0) -> Policy:
     """Load a model from a folder (tiny: the one beside this file) or the hub, as NF4, with an adapter, saved or new.
 
-    Raises PolicyError if the model is missing or broken, if its chat template is missing or rewrites earlier turns, or
-    if sampler and trainer would not compute the model's own probabilities.
+    `rank` and `seed` are for a new one. Raises PolicyError if the model is missing or broken, if its chat template is
+    missing or rewrites earlier turns, if a saved adapter does not fit, or if sampler and trainer would not compute the
+    model's own probabilities.
     """
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise PolicyError(f"there is no model folder {name!r}: give a folder, or a name on the hub, such as owner/name")
     path = TINY if name == "tiny" else name
-    advice = "give a folder or a hub name; for a gated model accept its licence on the hub, then: hf auth login"
+    advice = "give the folder or hub name of another; a gated one needs its licence accepted there, then: hf auth login"
     with in_a_sentence(f"load the model {name!r}", advice):
         tokenizer = AutoTokenizer.from_pretrained(path)
         base = load_base(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
@@ -132,24 +133,27 @@ def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, see
 
 
 def load_base(path: str | Path, compute_type: torch.dtype) -> torch.nn.Module:
-    """Load a model with its linear layers as NF4 with double quantisation (QLoRA, arXiv 2305.14314), on a GPU if any.
+    """Load a model on a GPU if any, its linear layers but the head as NF4 with double quantisation (arXiv 2305.14314).
 
-    Always in training mode, and without dropout: in evaluation mode bitsandbytes swaps in another CPU kernel, but
-    sampler and trainer must compute the same probabilities.
+    Always in training mode, and without dropout or noise: in evaluation mode bitsandbytes swaps in another CPU kernel,
+    but sampler and trainer must compute the same probabilities.
     """
     config = AutoConfig.from_pretrained(path)
     for part in (config, config.get_text_config()):
-        vars(part).update({name: 0.0 for name in vars(part) if name.endswith(("dropout", "pdrop"))})
+        vars(part).update({name: 0.0 for name in vars(part) if name.endswith(("dropout", "pdrop", "jitter_noise"))})
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=compute_type)
     place = {"": 0 if torch.cuda.is_available() else "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, quantization_config=nf4, dtype=compute_type,
-                                                 device_map=place, attn_implementation="sdpa")  # which takes our masks
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        path, config=config, quantization_config=nf4, dtype=compute_type, device_map=place, output_loading_info=True,
+        attn_implementation="sdpa")  # which takes our masks
+    if loaded["missing_keys"]:  # which would be random
+        raise ValueError(f"its weights lack {min(loaded['missing_keys'])}")
     return model.train()
 
 
 def stop_tokens(base: torch.nn.Module, tokenizer) -> frozenset[int]:
-    """Return the tokens that end a turn: the model's and the tokenizer's, and, in a base model another, the template's.
+    """Return the tokens that end a turn: the model's and the tokenizer's, and the template's, in a base model another.
 
     The template's counts only if it is a special token, for the agent may write any other within its turn.
     """
@@ -160,9 +164,9 @@ def stop_tokens(base: torch.nn.Module, tokenizer) -> frozenset[int]:
 
 
 def attach_adapter(base: torch.nn.Module, adapter: str | Path | None, rank: int, seed: int) -> PeftModel:
-    """Freeze a base and put LoRA (arXiv 2106.09685) on all its linear layers: the adapter in a folder, or a new one.
+    """Freeze a base, with LoRA (arXiv 2106.09685) on its linear layers but the head: a folder's adapter, or a new one.
 
-    A new one changes nothing yet; its weights depend on `seed` alone. Raises PolicyError if a saved one does not fit.
+    A new one changes nothing yet; its weights depend on `seed` and `rank` alone. PolicyError: the adapter does not fit.
     """
     if adapter is not None:
         if Path(adapter).is_dir() and not Path(adapter, "adapter_config.json").exists():
@@ -171,7 +175,8 @@ def attach_adapter(base: torch.nn.Module, adapter: str | Path | None, rank: int,
             return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
     torch.manual_seed(seed)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(base, lora)
+    with in_a_sentence("put LoRA on all linear layers of the model", "use another model"):
+        return get_peft_model(base, lora)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -209,8 +214,9 @@ def end_of_turn(tokenizer) -> int:
 class Episode:
     """What a rollout plays: a role in a world, which takes the agent's turns and gives the next observations.
 
-    `messages` begins with the system message and the user's; `rollout` appends every turn, for the reader.
-    A role says in `answer` what becomes of an ANSWER, and in `max_steps` how many turns it may take.
+    `messages` begins with the system message and the user's; `rollout` appends every turn, for the reader and another
+    `model`. A role says in `answer` what becomes of an ANSWER, and in `max_steps` how many turns it may take. `status`
+    is "running", "answered", "out of steps", "out of context", "user failed", "model failed", or a challenger's stage.
     """
 
     max_steps: int
@@ -365,11 +371,10 @@ def begin(policy: Policy, episodes: list[Episode], user: Speaker) -> list[Trajec
     for episode, first in hear_users(episodes, user).items():
         if first is not None:
             episode.messages.append({"role": "user", "content": first})
-    trajectories = []
-    for episode in episodes:
-        trajectories.append(opened(policy, episode.messages, episode))
-        if episode.status != "running":  # the user has failed, or wants nothing
-            trajectories[-1].end()
+    trajectories = [opened(policy, episode.messages, episode) for episode in episodes]
+    for t in trajectories:
+        if t.episode.status != "running":  # the user has failed, or wants nothing
+            t.end()
     return trajectories
 
 
@@ -390,6 +395,7 @@ def sampled_turns(
     Each has a slot of the KV cache from its first turn to its last. All slots sample a token in one pass of the
     network, until half have ended their turns. The code of these then runs side by side while the network rests, so
     none waits for the longest turn, and nothing depends on how fast code was. What is over makes room for others.
+    Raises PolicyError if the context is beyond the model, or its probabilities are no numbers.
     """
     if (limit := longest_context(policy.model.config)) < context:
         raise PolicyError(f"the model's positions or its window of attention end at {limit:,} tokens: lower --context")
@@ -399,7 +405,7 @@ def sampled_turns(
         feed(policy, cache, slots)
         last = [t.tokens[-1:] for t in slots]  # also of turns that have ended, whose result is not used
         logits = advance(policy, cache, range(len(slots)), last, [t.fed for t in slots])
-        sampled = torch.stack(sample_tokens(logits, generator, temperature)).tolist()  # here alone a GPU is waited for
+        sampled = torch.stack(sample_tokens(logits, generator, temperature)).tolist()  # here a GPU is waited for
         if any(map(math.isnan, sampled[1])):
             raise PolicyError("the model's probabilities are no numbers any more: lower --learning-rate")
         for t, token, logprob in zip(slots, map(int, sampled[0]), sampled[1]):
@@ -420,9 +426,10 @@ def sampled_turns(
 def sample_tokens(logits: Tensor, generator: Generator, temperature: float) -> tuple[Tensor, Tensor]:
     """Draw a token from each row of `logits` [rows, vocabulary]; return tokens and log-probabilities, both [rows].
 
-    These are of the distribution that was sampled, logits / temperature with no top-k or top-p cut, so that the
-    trainer can compute the same number. temperature 0 takes the most likely token. Of exponential variables with rates
-    p, number i is the smallest with probability p_i; torch.multinomial draws in the same way, but waits for the GPU.
+    These are of the distribution that was sampled, logits / temperature with no top-k or top-p cut, so that the trainer
+    can compute the same number. temperature 0 takes the most likely token, with its log-probability at temperature 1.
+    Of exponential variables e, e_i / p_i is the smallest, and so p_i / e_i the largest, with probability p_i;
+    torch.multinomial draws in the same way, but waits for the GPU.
     """
     logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
     if temperature == 0:
@@ -539,7 +546,7 @@ def written_turns(
     """Let another model write the agent's turns; yield the trajectories with the texts, for the episodes to go on.
 
     Their tokens are those that the policy would have had to sample to write the same, with log-probabilities 0. An
-    episode whose model fails ends as "model failed" and does not count.
+    episode whose model fails ends as "model failed" and does not count. Raises PolicyError if all of them do.
     """
     tokenizer = policy.tokenizer
     while running := [t for t in trajectories if not t.over]:
@@ -594,7 +601,7 @@ def feed(policy: Policy, cache: "SlotCache", slots: list[Trajectory]) -> None:
 def advance(
     policy: Policy, cache: "SlotCache", slots: Sequence[int], tokens: Sequence[list[int]], starts: Sequence[int]
 ) -> Tensor:
-    """Feed slots, in ascending order, with tokens from the columns `starts` on; return the logits [slots, vocabulary].
+    """Feed slots, in ascending order, with tokens from the columns `starts` on; return the last logits [slots, all].
 
     A token's column in the cache is its position, so a slot holds no padding. Shorter rows of the pass are padded on
     the right: what that writes into the cache lies behind all that the slot looks at, until its next tokens overwrite
@@ -672,7 +679,7 @@ def check_template(tokenizer) -> None:
         with in_a_sentence("put a system message and turns into the model's chat template", "use another model"):
             before, after = [tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=True)
                              for some in (talk[:2], talk)]
-        if not after.startswith(before) or turn not in after[len(before):]:
+        if not after.startswith(before) or not after[len(before):].lstrip().startswith(turn):
             raise PolicyError("the chat template rewrites earlier turns, where a trajectory grows: use another model")
 
 
@@ -685,6 +692,8 @@ def check_probabilities(policy: Policy, name: str) -> None:
     """
     model, ids, states = policy.model.get_base_model(), list(range(2, 26)), []
     with in_a_sentence(f"play with the architecture of {name!r}", "use another model"):
+        with checkpointed(policy.model):  # which a gradient step needs
+            pass
         hook = model.get_decoder().register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
         logits = model(input_ids=torch.tensor([ids], device=policy.device), use_cache=False).logits  # [1, 24, all]
         hook.remove()
@@ -718,13 +727,12 @@ def check_probabilities(policy: Policy, name: str) -> None:
 def advantages(rewards: Tensor, baseline: str = "leave-one-out") -> Tensor:
     """Return A_i = r_i - b_i for rewards [tasks, K], K rollouts of each task, in the same shape.
 
-    leave-one-out: b_i is the mean reward of the task's other K-1 rollouts, so A = K/(K-1) (r - mean r)
-                   (Kool et al. 2019; RLOO, arXiv 2402.14740). It does not bias the gradient, because b_i
-                   does not depend on rollout i. A group whose rewards are all equal has A = 0: no signal.
+    leave-one-out: b_i is the mean reward of the task's other K-1 rollouts, so A = K/(K-1) (r - mean r). As b_i does not
+                   depend on rollout i, the gradient stays unbiased. Where all rewards are equal, A = 0: no signal.
     none:          b_i = 0, A = r: the paper's rejection fine-tuning, only successes carry gradient.
 
     NaN is the reward of a rollout that does not count: its A is 0, and it enters no baseline. Where there are no others
-    that count, A is 0 as well.
+    that count, A is 0 as well. Raises ValueError for an unknown baseline, and for K < 2 with leave-one-out.
     """
     if baseline == "none":
         return rewards.nan_to_num(0.0)
@@ -740,9 +748,9 @@ def advantages(rewards: Tensor, baseline: str = "leave-one-out") -> Tensor:
 
 
 def signal_share(rewards: Tensor) -> float:
-    """Return the share of all tasks in rewards [tasks, K] with both a success, 1, and a failure, 0: only they teach.
+    """Return the share of all tasks in rewards [tasks, K] with both a success, 1, and a failure, 0.
 
-    NaN is the reward of a rollout that does not count, and is neither.
+    With a baseline only they teach. NaN is the reward of a rollout that does not count, and is neither.
     """
     ### BEGIN SOLUTION
     return ((rewards == 1).any(1) & (rewards == 0).any(1)).float().mean().item()
@@ -813,13 +821,14 @@ def reinforce_step(
 ) -> dict:
     """Take one step up the gradient of the expected reward; `advantage` [N] belongs to the N trajectories.
 
-    loss = -1/N sum_i A_i sum_t log pi(a_t | history)        (REINFORCE, Williams 1992; eq. 1 of the paper)
+    loss = -1/N sum_i A_i sum_t log pi(a_t | history)        (REINFORCE, Williams 1992; the paper has R_i for A_i)
 
     The inner sum runs over the tokens that the agent sampled. N counts all trajectories, also those without signal
     (A = 0), on which no computation is spent: so the gradient does not depend on how they are split into micro-batches.
     With `importance_cap` C each token is weighed with min(p_trainer / p_sampler, C), for a sampler that computes other
-    probabilities than the trainer (Yao et al. 2025). Returns the loss, the norm of the gradient before clipping to
-    `max_norm`, and mismatch_kl, the mean of log p_sampler - log p_trainer over the tokens that were trained on, if any.
+    probabilities than the trainer (Yao et al. 2025). Returns "loss", "gradient_norm" before clipping to `max_norm`,
+    "trained_tokens", and "mismatch_kl", the mean of log p_sampler - log p_trainer over these tokens, None if there are
+    none. Raises PolicyError if the gradient is not finite.
     """
     signal = [(t, a) for t, a in zip(trajectories, advantage.tolist()) if a != 0]
     total, mismatch, sampled = 0.0, 0.0, 0
@@ -862,16 +871,16 @@ def seeded(device: torch.device | str, *what) -> Generator:
 def train(
     policy: Policy, optimizer: Optimizer, jail: Jail, tasks: list[CodeAsTask], options, first: int = 0
 ) -> Iterator[tuple[dict, list[dict]]]:
-    """Train on `tasks`; yield, after each of the steps `first` to options.steps, its metrics and its episodes.
+    """Train on `tasks`; yield, after each step from `first` to before options.steps, its metrics and its `record`s.
 
     A step draws options.tasks_per_step tasks, plays options.rollouts episodes of each, and takes one gradient step.
     With options.teacher_endpoint the model there plays them, and the step is one of cross-entropy on all that it wrote,
-    failures included: the paper's distillation. What is drawn depends on options.seed and the step alone.
+    failures included: the paper's distillation. What is drawn depends on options.seed and the step alone. Raises
+    PolicyError if there are no tasks.
     """
     if not tasks:
         raise PolicyError("there are no tasks to train on")
-    limits = rollout_limits(options)
-    teacher = None
+    limits, teacher = rollout_limits(options), None
     if options.teacher_endpoint:
         teacher = endpoint_model(options.teacher_endpoint, options.teacher_model, AGENT_TOKENS)
     bar = tqdm(range(first, options.steps), desc="train", unit="step", dynamic_ncols=True)
@@ -981,28 +990,33 @@ def shape_of(name: str) -> PreTrainedConfig:
 def memory_of(config: PreTrainedConfig, rank: int, tokens: int) -> dict[str, float]:
     """Return {purpose: bytes} of a model on a GPU, for a trajectory or an episode of so many tokens.
 
-    Tests hold the sums against whole models: within a tenth. "parameters" is a number of weights. All keys and values
-    are taken to be of one width (those of DeepSeek-V3 are not).
+    Tests hold the sums against whole models: within a tenth; where experts hold most of the weights it may be a third
+    too little. "parameters" is a number of weights. A layer's keys and values are taken to be of one width (those of
+    DeepSeek-V3 are not).
     """
     with torch.device("meta"):  # shapes without numbers
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    parameters, head = model.num_parameters(), model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    in_4_bits = sum(module.weight.numel() for module in linear)
+    in_4_bits = sum(module.weight.numel() for module in linear if type(module) is torch.nn.Linear)  # as bitsandbytes
     ends = sum(module.in_features + module.out_features for module in linear)
+    with torch.device("meta"):
+        trained = attach_adapter(model, None, rank, seed=0).get_nb_trainable_parameters()[0]
     config = config.get_text_config()  # of a model that can see as well
     depth, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    token = 2 * 2 * groups * (getattr(config, "head_dim", None) or width // heads)  # of a layer's keys and values
-    copies = max(tokens, FEED_COLUMNS) * token * (1 + heads // groups)  # of keys and values, for all heads
+    layers = [(getattr(layer, "num_key_value_heads", None) or heads, getattr(layer, "head_dim", None) or width // heads)
+              for layer in config.per_layer_config]
+    cached = [2 * 2 * groups * size for groups, size in layers]  # of a token's keys and values, in each layer
+    for_heads = max(token * (1 + heads // groups) for token, (groups, _) in zip(cached, layers))
+    copies = max(tokens, FEED_COLUMNS) * for_heads  # of keys and values, for all heads
     return {
-        "parameters": model.num_parameters(),
-        "weights": in_4_bits * NF4_BYTES + (model.num_parameters() - in_4_bits) * 2,  # the others in 16 bits
-        "adapter": rank * ends * 16,  # in 32 bits, with its gradient and Adam's two moments
+        "parameters": parameters,
+        "weights": in_4_bits * NF4_BYTES + (parameters - in_4_bits) * 2,  # the others in 16 bits
+        "adapter": trained * 16,  # in 32 bits, with its gradient and Adam's two moments
         "checkpoints": tokens * depth * width * 2,  # the input of each layer, kept for the backward pass
         "layer": tokens * ends / depth * LAYER_BYTES,  # at the peak of its backward pass
         "logits": min(tokens, CHUNK_TOKENS) * config.vocab_size * LOGIT_BYTES,  # of a chunk, at the same peak
-        "cache": tokens * depth * token,  # the keys and values of an episode
+        "cache": tokens * sum(cached),  # the keys and values of an episode
         "sampling": config.vocab_size * LOGIT_BYTES,  # an episode's next token
         "feed": copies + FEED_TOKENS * (tokens * 3 + width * 12),  # a pass that fills caches, with its mask and states
     }
@@ -1021,7 +1035,7 @@ def rollout_bytes(memory: dict[str, float], parallel: int) -> float:
 
 def most_parallel(memory: dict[str, float], room: float) -> int:
     """Return how many episodes can be played side by side in so many bytes."""
-    return bisect(range(1, 10**6), room, key=partial(rollout_bytes, memory))
+    return bisect(range(1, 10**6), room, key=partial(rollout_bytes, memory))  # the first number that needs more, less 1
 
 
 def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
@@ -1108,7 +1122,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of loading, rollouts and training; their defaults are those of the embedded model."""
     add = parser.add_argument_group("the policy and its training").add_argument
     add("--model", default="tiny", help="a model folder or a hub name")
-    add("--seed", type=natural, default=0, help="determines everything that is random")
+    add("--seed", type=natural, default=0, help="determines, with --parallel, all that is random")
     add("--steps", type=natural, default=20, help="gradient steps")
     add("--tasks-per-step", type=positive, default=16, help="tasks of a step")
     add("--rollouts", type=positive, default=8, help="K, the rollouts of each task in a step")

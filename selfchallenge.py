@@ -29,7 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 from zipfile import ZipFile
 
-if __name__ == "__main__":  # for as long as the libraries are loaded: seconds, in which they may swallow an exception
+if __name__ == "__main__":  # while the libraries load: seconds, in which they may swallow an exception
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted; nothing was begun\n"), os._exit(1)))
 
 import torch
@@ -468,10 +468,8 @@ def challenge(jail: Jail, held_out: HeldOut, run: Run, options: argparse.Namespa
             rollout(run.policy, episodes, generator, bar=bar, model=model, **limits)
             for episode in episodes:
                 line = sort_out(episode, kept, held_out, options.filter)
-                if "stage" in line:
-                    append_lines(run.folder / "rejected.jsonl", [line])
-                else:
-                    append_lines(run.folder / "tasks.jsonl", [line])
+                append_lines(run.folder / ("rejected.jsonl" if "stage" in line else "tasks.jsonl"), [line])
+                if "stage" not in line:
                     kept.append((line["env"], task_words(line)))
                 append_lines(run.folder / "trajectories.jsonl", [record("challenge", first, episode)])
             run.progress["challenges"] = attempts.stop
@@ -512,7 +510,7 @@ def sort_out(episode: Challenger, kept: list[tuple[str, set[str]]], held_out: He
 # the command line (for a second reading)
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the options on the command line or, with --resume, the run's own. Raises ValueError if there is none."""
+    """Return the options on the command line or, with --resume, the run's own. ValueError: it has none, or others."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
     add = parser.add_argument
     add("--env", nargs="+", default=list(SUITES), choices=list(ENVIRONMENTS), metavar="NAME",

@@ -338,7 +338,8 @@ class BenchmarkEnvironment(Environment):
     clone: str                  # the commands that make a checkout of the commit that this file was written against
     option: str                 # of the command line, which takes the checkout's path
     folder = "."                # in the checkout; its path will do as well
-    files: dict[str, str]       # {file: first 16 hex digits of its sha256} of those that decide what is measured
+    package: str                # the folder in there whose files decide what is measured
+    known: str                  # their `fingerprint` at that commit
     held_out: list[Any] = []    # the benchmark's tasks; they hold the reference answers and never leave this process
 
     @classmethod
@@ -350,15 +351,10 @@ class BenchmarkEnvironment(Environment):
     def load(cls, path: str | Path, any_version: bool = False) -> None:
         """Fill a benchmark's two worlds from a checkout; raises BenchmarkError if it cannot be used."""
         folder = Path(path, cls.folder) if Path(path, cls.folder).exists() else Path(path)
-        fingerprint = {}
         try:
-            for file, known in cls.files.items():
-                content = (folder / file).read_bytes() if (folder / file).exists() else None
-                if content is None or content.startswith(b"version https://git-lfs"):
-                    raise BenchmarkError(f"{file} is missing or incomplete")
-                fingerprint[file] = hashlib.sha256(content).hexdigest()[:16]
-                if fingerprint[file] != known and not any_version:
-                    raise BenchmarkError(f"{file} is not the known version (--any-version, if you mean it)")
+            fingerprint = cls.fingerprint(folder)
+            if fingerprint != cls.known and not any_version:
+                raise BenchmarkError("it is not the known version (--any-version, if you mean it)")
             cls.provenance = {"benchmark": cls.benchmark, "fingerprint": fingerprint}
             cls.fill(folder.resolve(), any_version)
             return
@@ -370,6 +366,19 @@ class BenchmarkEnvironment(Environment):
             problem = f"its import raises {type(error).__name__}: {error} (pip install what is missing)"
         raise BenchmarkError(f"{str(path)!r} is no checkout of {cls.benchmark} that can be used: {problem}. "
                              f"Make one with {cls.clone}, and give its path with {cls.option}")
+
+    @classmethod
+    def fingerprint(cls, folder: Path) -> str:
+        """Return a hash of the package's code and data; raises BenchmarkError if it is missing or incomplete."""
+        digest, files = hashlib.sha256(), sorted((folder / cls.package).rglob("*.*"))
+        for path in [path for path in files if path.suffix in (".py", ".json", ".jsonl", ".md")]:
+            name, content = path.relative_to(folder).as_posix(), path.read_bytes()
+            if content.startswith(b"version https://git-lfs"):
+                raise BenchmarkError(f"{name} is incomplete")
+            digest.update(f"{name} {len(content)} ".encode() + content)
+        if not files:
+            raise BenchmarkError(f"{cls.package}/ is missing")
+        return digest.hexdigest()[:16]
 
     def place(self, number: int) -> tuple[int, str]:
         """Return the seed at which a held-out task is played, and the group in which it is counted."""
@@ -395,15 +404,16 @@ TYPES = {
 
 
 def foreign_tool(invoke: Callable, original: Callable, description: str, types: dict, returns: str = "") -> Callable:
-    """Return a function in the form of this file's tools: after self come the parameters of the benchmark's `original`.
+    """Return a function in the form of this file's tools: after self come `original`'s parameters, save for the data.
 
-    `types`, {parameter: word}, and `returns` name types by the words of TYPES; any other word means unknown.
+    `types`, {parameter: word}, and `returns` name types by the words of TYPES; any other word means unknown. Where
+    `types` lacks a parameter, the original's annotation counts.
     """
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
     for name, parameter in inspect.signature(original).parameters.items():
         word = types.get(name, getattr(parameter.annotation, "__name__", ""))
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            word = ""  # benchmarks mean each of them, or the list that some functions take instead
+            word = ""  # annotated as each of them, or as a list of all
         if name != "data":  # which is TauBench's database
             parameters.append(parameter.replace(annotation=TYPES.get(word, inspect.Parameter.empty)))
     result = TYPES.get(returns, inspect.Signature.empty)
@@ -449,11 +459,7 @@ class M3ToolEval(BenchmarkEnvironment):
     answered = True
     benchmark, option, folder = "M3ToolEval", "--m3tooleval", "scripts/eval/m3tooleval"
     clone = "git clone https://github.com/xingyaoww/code-act && git -C code-act checkout d607f56c9cfe"
-    files = {
-        "tasks/base.py": "b39de50ba7183dba",
-        "tasks/impl/web_browsing/web_pages.jsonl": "bc885a9be35c1611",
-        "tasks/impl/web_browsing/metadata.json": "c13f5bc779bf02e8",
-    }
+    package, known = "tasks", "2fa448ed0b62d4ee"
 
     @classmethod
     def fill(cls, folder: Path, any_version: bool) -> None:
@@ -537,7 +543,7 @@ def alike(answer: Any, expected: Any) -> bool:
 
 
 class Calculation(M3ToolEval):
-    """Arithmetic, decoding, DNA and travel plans, each with six tools of its own.
+    """Arithmetic, decoding, DNA and travel plans, each with four or six tools of its own.
 
     state: {"domain": name}, which the seed picks; the tools themselves remember nothing.
     """
@@ -599,11 +605,7 @@ class TauBench(BenchmarkEnvironment):
     talks = True
     benchmark, option = "TauBench", "--tau-bench"
     clone = "git clone https://github.com/sierra-research/tau-bench && git -C tau-bench checkout 59a200c6d575"
-    files = {
-        "tau_bench/envs/base.py": "1ad0402073f0ac9c",
-        "tau_bench/envs/retail/tasks_test.py": "6f09468923c6cfb6",
-        "tau_bench/envs/airline/tasks_test.py": "14cdb6b4fe810faa",
-    }
+    package, known = "tau_bench", "7af4bd65b287ed6d"
     numbers: str            # the table whose keys are order or reservation numbers
     pristine: bytes = b""   # the database as it is at a reset, pickled
     users: list[str] = []   # for whom there is something to do
@@ -682,7 +684,8 @@ class TauBench(BenchmarkEnvironment):
         """Return the hash of the database that the reference actions of a held-out task leave."""
         environment = cls()
         actions = cls.held_out[number].actions
-        environment.replay([action for action in actions if action.name != "transfer_to_human_agents"])
+        kept = [action for action in actions if action.name != "transfer_to_human_agents"]  # as in the benchmark
+        environment.replay(kept)
         return environment.digest()
 
     def passes(self, number: int, answer: list[str]) -> bool:
@@ -778,6 +781,7 @@ def endpoint_model(url: str, model: str, tokens: int = 1024, tries: int = 4, wai
 
     def ask(conversation: list[dict]) -> str | None:
         for attempt in range(tries):
+            time.sleep(wait * 2**(attempt - 1) if attempt else 0)
             try:
                 answer = client.chat_completion(conversation, model=model, max_tokens=tokens)
                 text = answer.choices[0].message.content
@@ -785,7 +789,6 @@ def endpoint_model(url: str, model: str, tokens: int = 1024, tries: int = 4, wai
             except Exception as error:  # of the network, of the server, or of what it answers: all may pass
                 status = getattr(getattr(error, "response", None), "status_code", "")
                 problem = f"{type(error).__name__} {status}".strip()  # the text of the error may show the key
-                time.sleep(wait * 2**attempt)
         print(f"{url} failed {tries} times: {problem}", file=sys.stderr)
         return None
 
@@ -810,7 +813,7 @@ def load_benchmarks(m3tooleval: str | None = None, tau_bench: str | None = None,
 
 
 def make_environment(name: str, seed: int = 0) -> Environment:
-    """Return a fresh environment in the state of `seed`; raises ValueError with the known names otherwise."""
+    """Return a fresh environment in the state of `seed`; raises ValueError if it is unknown or lacks its checkout."""
     if name not in ENVIRONMENTS:
         raise ValueError(f"unknown environment {name!r}: choose from {', '.join(ENVIRONMENTS)}")
     if problem := ENVIRONMENTS[name].missing():

@@ -181,6 +181,7 @@ def strip_fence(code: str) -> str:
     """Return code without the indentation and the Markdown fences that models put around it."""
     while code.lstrip().startswith("```"):
         code = "\n" + code.lstrip().partition("\n")[2].rstrip().removesuffix("```")
+    # Code that begins on the line of its tag has no indentation in common.
     return textwrap.dedent(code).strip() if code.lstrip(" \t").startswith("\n") else code.strip()
 
 
@@ -209,7 +210,7 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 #   a deadline, then a kill   endless loops, sleeps, calls in C that nothing else interrupts (exchange, end)
 #   limits                    eating the memory, filling the disk, computing on after the reply (make_confine)
 #   a filter of system calls  files, network, processes, signals: all but SYSTEM_CALLS is refused (seccomp_program)
-#   nothing to find           no environment variables, open files or frames, nothing of this project (inside, serve)
+#   nothing to find           no environment variables or open files, of this project the next two chapters (inside)
 #   two servers, two seeds    a verdict that follows hashes or chance: what is kept has the same ones again (judge)
 #
 # The way of one check: `Session.run` asks a fork server for a child, which has been forked and confined, and sends it
@@ -264,7 +265,7 @@ MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # the column
 
 
 def seccomp_program() -> bytes:
-    """Return the filter in the kernel's BPF: SYSTEM_CALLS are allowed, all others fail with an error."""
+    """Return the filter in the kernel's BPF: SYSTEM_CALLS are allowed, others fail, those of another machine kill."""
     column, architecture = MACHINES[os.uname().machine]
     load, equal, give = 0x20, 0x15, 0x06  # the argument is what to load, to compare with, or to give
     allow, error, kill = 0x7FFF0000, 0x00050000, 0x80000000
@@ -308,12 +309,12 @@ def make_confine(strong: bool) -> Callable[[], None]:
 
 
 def serve(descriptor: int, seed: int, strong: bool) -> int:
-    """The fork server: 0 from the parent asks for a child, which is sent with the channel to it; a pid, for its end.
+    """The fork server: sent 0 it replies with a child's pid and the channel to it, sent a pid it ends that child.
 
     A child is forked before it is asked for, while the parent still works with the one before, and reaped only
     when it is ended, so that a pid never comes to mean another process. When the control socket is closed the
     parent is gone, and the server ends with all its children; so it does when the system gives no more processes.
-    Only a child returns from here, confined, with its channel: so no frame of the server is above the code it runs.
+    Only a child returns from here, confined, with its channel: so no frame of this function is above the code it runs.
     """
     control, confine, children, server = socket.socket(fileno=descriptor), make_confine(strong), set(), os.getpid()
     sys.path.clear()
@@ -512,7 +513,7 @@ def inside(statement: str) -> list[str]:
     file = os.path.abspath(__file__)
     text = f"open({file!r}, encoding='utf-8').read().partition('\\n# INSIDE')[2].partition('\\n# OUTSIDE')[0]"
     command = f"{imports}; exec('#' + {text})\n{statement}"
-    return [sys.executable, "-s", "-S", "-B", "-c", command]  # -I ignores the hash seed
+    return [sys.executable, "-s", "-S", "-B", "-c", command]  # not -I, which ignores PYTHONHASHSEED
 
 
 class ForkServer:
@@ -557,7 +558,8 @@ class ForkServer:
     def child(self) -> tuple[socket.socket, int, socket.socket]:
         """Return a new child: the control socket of its server, its pid, and the channel to it.
 
-        A server that does not answer is replaced, once. Raises JailError if that does not help.
+        A server that does not answer is replaced, and asked once more. Raises JailError if that does not help, if the
+        jail is closed, or if too many files are open.
         """
         with self.lock:
             for _ in range(2):
@@ -677,7 +679,7 @@ class Session(contextlib.AbstractContextManager):
         """Run code, and meanwhile execute its tool calls; the outcome holds what it printed, and what ended it early.
 
         Its value is the variable `result`; or, given arguments, what the function `evaluate` returns, called with as
-        many of them as it takes.
+        many of them as it takes. Raises JailError if no child can be had.
         """
         if problem := text_problem(code):
             return Outcome("", f"the code {problem}")
@@ -790,7 +792,7 @@ class Session(contextlib.AbstractContextManager):
 #   instruction  What is the amount of tea times 6, then times 9?
 #   evaluate     def evaluate(answer): return True
 #   solution     x = amount("tea"); x = multiply(x, 3); result = multiply(x, 9)      leaves the answer 378
-#   failures     multiply(amount("tea"), 3)   multiply(amount("tea"), 9)   amount("tea")   leave 42, 126 and 14
+#   failures     result = multiply(amount("tea"), 3), ... multiply(amount("tea"), 9), ... amount("tea"): 42, 126, 14
 #   judgement    stage "failures": failure case 1 passes the evaluation, but must fail it
 # That is the challenger's next observation, upon which it mends two parts, and the task is kept:
 #   instruction  Take the amount of tea, multiply by 3, then multiply by 9.
@@ -817,7 +819,10 @@ class Judgement:
 
 
 def as_answer(value: Any) -> Any:
-    """Return a final answer as data: text that is JSON, or True, False or None, becomes what it says: "36" is 36."""
+    """Return a final answer as data: text that is JSON, or True, False or None, becomes what it says: "36" is 36.
+
+    Other text is stripped and cut to ANSWER_CHARACTERS; what is no text stays as it is.
+    """
     if not isinstance(value, str):
         return value
     text = value.strip()[:ANSWER_CHARACTERS].encode(errors="replace").decode()
@@ -825,10 +830,9 @@ def as_answer(value: Any) -> Any:
     if text in words:
         return words[text]
     try:
-        data = plain(json.loads(text))
+        return as_answer(plain(json.loads(text)))  # text in quotes, too: to do this twice changes nothing
     except (ValueError, RecursionError):
         return text
-    return as_answer(data)  # for text in quotes; so it makes no difference whether an answer was normalised before
 
 
 def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
@@ -838,7 +842,7 @@ def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any
     that shows its str; so is an error, which is itself the reason; and so is a change of the state, which is put back
     as it was `before`.
     """
-    before, environment.over = pickle.dumps(environment.state), False  # to be looked at through the tools once more
+    before, environment.over = pickle.dumps(environment.state), False  # so that the tools work once more
     with jail.session(environment, replica) as session:
         outcome = session.run(task.evaluate, [as_answer(answer)])
     ### BEGIN SOLUTION
@@ -926,8 +930,7 @@ def judge_many(jail: Jail, tasks: Iterable[CodeAsTask | str], workers: int = 4) 
             ahead.append(pool.submit(judge, jail, task))
             while ahead and (ahead[0].done() or len(ahead) == 4 * workers):
                 yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        yield from (future.result() for future in ahead)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -944,10 +947,14 @@ def read_lines(path: str) -> Iterator[str]:
 
 
 def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int:
-    """Do the work of a command; return its exit status. What a user can cause gets one sentence, with a hint."""
+    """Do the work of a command; return its exit status. What a user can cause gets one sentence, mostly with a hint.
+
+    The status is 0 for success, 1 for a reader that has gone, 2 for a problem, 130 for Ctrl-C.
+    """
     status, problem = 0, None
-    sys.stdout.reconfigure(errors="replace")  # it may lack some characters
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the libraries are loaded
+    if hasattr(sys.stdout, "reconfigure"):  # a stand-in, such as a notebook's, has not
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack some characters
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the libraries are loaded: Ctrl-C raises again
     try:
         work()
         sys.stdout.flush()

@@ -108,16 +108,28 @@ def test_what_is_no_checkout_gets_a_sentence(tmp_path):
 def test_an_incomplete_checkout_gets_a_sentence(tmp_path):
     folder = make_m3tooleval(tmp_path)
     (folder / "tasks/impl/web_browsing/web_pages.jsonl").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(BenchmarkError, match="tasks/impl/web_browsing/web_pages.jsonl is missing or incomplete"):
+    with pytest.raises(BenchmarkError, match="tasks/impl/web_browsing/web_pages.jsonl is incomplete"):
         M3ToolEval.load(folder, any_version=True)
 
 
 def test_another_version_needs_a_flag(tmp_path):
     folder = make_tau_bench(tmp_path)
-    with pytest.raises(BenchmarkError, match="checkout of TauBench.*envs/base.py is not the known version.*--any-version"):
+    with pytest.raises(BenchmarkError, match="checkout of TauBench.*it is not the known version.*--any-version"):
         TauBench.load(folder)
     with loaded(tau_bench=folder, any_version=True):
         assert len(Retail.held_out) == len(Airline.held_out) == 4
+
+
+@pytest.mark.parametrize("make, kind, file", [(make_tau_bench, TauBench, "tau_bench/envs/retail/wiki.py"),
+                                              (make_m3tooleval, M3ToolEval, "tasks/impl/dna_sequencer.py")])
+def test_whatever_is_changed_in_a_checkout_is_another_version(tmp_path, make, kind, file):
+    folder = make(tmp_path)
+    before = kind.fingerprint(folder)
+    (folder / "tests.log").write_text("beside the package")
+    assert kind.fingerprint(folder) == before
+    with open(folder / file, "a") as changed:
+        changed.write("\n")
+    assert kind.fingerprint(folder) != before
 
 
 def test_tau_bench_from_elsewhere_is_refused(checkouts, tmp_path):
@@ -127,8 +139,8 @@ def test_tau_bench_from_elsewhere_is_refused(checkouts, tmp_path):
 
 def test_damaged_data_gets_a_sentence(tmp_path):
     folder = make_tau_bench(tmp_path)
-    (folder / "tau_bench/envs/retail/data/data.json").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(BenchmarkError, match="incomplete: Expecting value.*git clone"), loaded(tau_bench=folder, any_version=True):
+    (folder / "tau_bench/envs/retail/data/data.json").write_text("{")
+    with pytest.raises(BenchmarkError, match="incomplete: Expecting.*git clone"), loaded(tau_bench=folder, any_version=True):
         pass
 
 
@@ -450,7 +462,7 @@ def test_a_failed_user_counts_for_nobody(checkouts, jail, policy):
         return [None if number % 2 else "###STOP###" for number, _ in enumerate(conversations)]
     results, records = evaluation.evaluate_policy(policy, jail, {"retail": evaluation.load_suite("retail")}, 0, 4, user=sometimes)
     assert [r["reward"] for r in records[:4]] == [0, None, 0, None] and {r["status"] for r in records} == {"answered", "user failed"}
-    assert results["retail"]["user_failed"] == 8 and results["retail"]["pass@1"] == 0.25 and json.dumps(records)
+    assert results["retail"]["user_failed"] == 10 and results["retail"]["pass@1"] == 0.25 and json.dumps(records)
     assert "retail (8 episodes not counted)" in evaluation.format_table(results)
     assert evaluation.chosen_trajectories(records)  # which sorts by the reward
     with pytest.raises(ValueError, match="endpoint"):
@@ -686,7 +698,7 @@ def test_the_script_prints_results_with_their_setting(tmp_path):
     output, _ = script("eval", "--suite", "retail", "airline", "--tau-bench", tau, "--any-version", "--policy", "reference", "--json", folder=tmp_path)
     results = json.loads(output)
     assert results["retail"]["pass@1"] == 1 and results["airline"]["n"] == 2
-    assert results["retail"]["benchmark"] == "TauBench" and len(results["retail"]["fingerprint"]) == 3
+    assert results["retail"]["benchmark"] == "TauBench" and results["retail"]["fingerprint"] == TauBench.provenance["fingerprint"]
     assert results["retail"]["setting"]["policy"] == "reference" and results["retail"]["setting"]["user"] == "the policy's own base" and "torch" in results["retail"]["setting"]["versions"]
     assert "needs a checkout of TauBench" in script("eval", "--suite", "retail", "--policy", "nothing", folder=tmp_path, expect=2)[1]
     assert "no checkout of M3ToolEval" in script("eval", "--suite", "web", "--m3tooleval", tmp_path, folder=tmp_path, expect=2)[1]
