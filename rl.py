@@ -672,7 +672,7 @@ def longest_context(config: PreTrainedConfig) -> float:
 
 
 def check_template(tokenizer) -> None:
-    """Raise PolicyError unless conversations only grow at their end: some templates drop the thoughts of old turns."""
+    """Raise PolicyError unless conversations only grow, by what the agent wrote: some templates drop old thoughts."""
     system, ask = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}
     for turn in ("TURN", "<think>\nTURN\n</think>\n\nTURN"):
         talk = [system, ask, {"role": "assistant", "content": turn}, ask]
@@ -680,7 +680,7 @@ def check_template(tokenizer) -> None:
             before, after = [tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=True)
                              for some in (talk[:2], talk)]
         if not after.startswith(before) or not after[len(before):].lstrip().startswith(turn):
-            raise PolicyError("the chat template rewrites earlier turns, where a trajectory grows: use another model")
+            raise PolicyError("the chat template rewrites earlier turns, or writes into them: use another model")
 
 
 @torch.inference_mode()

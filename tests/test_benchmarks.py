@@ -463,7 +463,7 @@ def test_a_failed_user_counts_for_nobody(checkouts, jail, policy):
     results, records = evaluation.evaluate_policy(policy, jail, {"retail": evaluation.load_suite("retail")}, 0, 4, user=sometimes)
     assert [r["reward"] for r in records[:4]] == [0, None, 0, None] and {r["status"] for r in records} == {"answered", "user failed"}
     assert results["retail"]["user_failed"] == 10 and results["retail"]["pass@1"] == 0.25 and json.dumps(records)
-    assert "retail (8 episodes not counted)" in evaluation.format_table(results)
+    assert "retail (10 episodes not counted)" in evaluation.format_table(results)
     assert evaluation.chosen_trajectories(records)  # which sorts by the reward
     with pytest.raises(ValueError, match="endpoint"):
         evaluation.evaluate_policy(policy, jail, {"retail": evaluation.load_suite("retail")}, 0, 4, user=lambda c: [None] * len(c))

@@ -15,8 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
-from transformers import (AutoModelForCausalLM, AutoTokenizer, CohereConfig, DeepseekV3Config, JambaConfig, LlamaConfig, Phi3Config,
-                          Qwen2Config)
+from safetensors.torch import load_file, save_file
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig, DeepseekV3Config, FalconConfig,
+                          Gemma4TextConfig, JambaConfig, LlamaConfig, MixtralConfig, Phi3Config, Qwen2Config, Qwen2PreTrainedModel,
+                          Qwen3MoeConfig)
 
 import rl
 from eval import write_report
@@ -641,6 +643,7 @@ OPENS_A_THOUGHT = CHATML.replace("assistant\n'", "assistant\n<think>\n'").replac
 MOVES_THE_SYSTEM = (  # to the last of the user's turns
     "{% for m in messages %}{% if m.role != 'system' %}{{ '<|im_start|>' + (messages[0].content if loop.last and m.role == 'user' else '') "
     "+ m.content + '<|im_end|>' }}{% endif %}{% endfor %}")
+NAMES_A_CHANNEL = CHATML.replace("m.content", "('channel: final\\n' if m.role == 'assistant' else '') + m.content")  # as in front of an answer
 FORGETS_THOUGHTS = CHATML.replace(BLOCK % "m.content", BLOCK % "(m.content if loop.last else m.content.split('</think>')[-1])")
 
 
@@ -695,9 +698,10 @@ def test_any_chat_model_plays_learns_and_is_saved(another, tmp_path):
     (OPENS_A_THOUGHT, "rewrites earlier turns"),
     (MOVES_THE_SYSTEM, "rewrites earlier turns"),
     ("{{ 'Hello' }}", "rewrites earlier turns"),
+    (NAMES_A_CHANNEL, "writes into them"),
     ("{{ raise_exception('System role not supported') }}", "System role not supported"),
     (None, "no chat template"),
-], ids=["drops turns", "drops thoughts", "opens a thought", "moves the system", "ignores all", "no system", "none"])
+], ids=["drops turns", "drops thoughts", "opens a thought", "moves the system", "ignores all", "names a channel", "no system", "none"])
 def test_a_template_that_cannot_be_used_is_one_sentence(tmp_path, template, reason):
     config, _, special, end = MODELS["Qwen-like"]
     folder = model_folder(tmp_path / "model", config, template, special, end)
@@ -738,6 +742,55 @@ def test_keys_and_values_may_differ_in_their_widths(tmp_path):
     logprobs = trajectory_logprobs(policy, trajectories, 1.0)[0].detach()
     for row, t in zip(logprobs, trajectories):
         assert torch.allclose(row[:len(t.tokens) - 1], torch.tensor(t.logprobs[1:]), atol=1e-4)
+
+
+def test_a_router_s_noise_is_left_out(tmp_path):
+    noisy = MixtralConfig(**SMALL, num_local_experts=4, router_jitter_noise=0.1)
+    policy = load_policy(str(model_folder(tmp_path / "model", noisy, *MODELS["Qwen-like"][1:])))
+    trajectories = rollout(policy, [Script(1)], seeded(policy.device, 2), turn_tokens=8)
+    logprobs = trajectory_logprobs(policy, trajectories, 1.0)[0].detach()[0]
+    assert torch.allclose(logprobs, torch.tensor(trajectories[0].logprobs[1:]), atol=1e-4)
+
+
+@pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.1."])
+def test_a_model_that_lacks_weights_is_one_sentence(tmp_path, lost):
+    folder = model_folder(tmp_path / "model", *MODELS["Qwen-like"])
+    for file in folder.glob("*.safetensors"):
+        save_file({name: weight for name, weight in load_file(file).items() if not name.startswith(lost)}, file, {"format": "pt"})
+    with pytest.raises(PolicyError, match=f"its weights lack {lost}"):
+        load_policy(str(folder))
+
+
+def test_a_model_without_gradient_checkpointing_is_one_sentence_before_anything_is_played(tmp_path, monkeypatch):
+    folder = model_folder(tmp_path / "model", *MODELS["Qwen-like"])
+    monkeypatch.setattr(Qwen2PreTrainedModel, "supports_gradient_checkpointing", False)
+    with pytest.raises(PolicyError, match="cannot play with the architecture.*checkpointing"):
+        load_policy(str(folder))
+
+
+def test_of_a_library_s_many_sentences_the_first_is_the_reason(tmp_path):
+    folder = model_folder(tmp_path / "model", BloomConfig(hidden_size=64, n_layer=2, n_head=4), *MODELS["Qwen-like"][1:])
+    with pytest.raises(PolicyError, match="does not support an attention implementation") as refusal:
+        load_policy(str(folder))
+    assert "open an issue" not in str(refusal.value)
+    with pytest.raises(PolicyError, match="does not support an attention implementation"):  # before the weights are downloaded
+        rl.fit(str(folder), 24, rank=8, episodes=1)
+
+
+@pytest.mark.parametrize("config", [
+    Qwen3MoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, new_decoder_architecture=True, num_kv_heads=2),
+    Gemma4TextConfig(**SMALL, layer_types=["sliding_attention", "full_attention"], sliding_window=512, global_head_dim=32,
+                     hidden_size_per_layer_input=0, num_kv_shared_layers=0),
+], ids=["experts", "linear layers of its own", "layers of two kinds"])
+def test_the_weights_and_the_adapter_are_predicted_as_they_are_loaded(tmp_path, config):
+    """Experts get LoRA from peft but no 4 bits from bitsandbytes, Falcon's own linear layers neither."""
+    model = load_policy(str(model_folder(tmp_path / "model", config, *MODELS["Qwen-like"][1:])), rank=4).model
+    memory = rl.memory_of(config, 4, 1000)
+    assert memory["adapter"] == 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    in_4_bits = sum(p.quant_state.shape.numel() for p in model.parameters() if hasattr(p, "quant_state"))
+    others = memory["parameters"] - in_4_bits
+    assert memory["weights"] == pytest.approx(in_4_bits * rl.NF4_BYTES + others * 2)
 
 
 def test_the_end_of_a_turn_stops_the_agent_also_where_the_model_ends_otherwise(tmp_path):
