@@ -699,7 +699,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict]:
 
 
 def setting_of(options: argparse.Namespace) -> dict:
-    """Return what an evaluation's numbers depend on, save for --parallel: the model, the users, decoding, versions."""
+    """Return what numbers depend on, save for --parallel and checkouts: model, users, decoding, versions."""
     named = ["policy", "model", "adapter", "seed", "trials", "turn_tokens", "context", "airline"]
     endpoint = options.user_endpoint
     return {

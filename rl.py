@@ -48,8 +48,9 @@ from torch.optim import Adam, Optimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# Of names that are to change in transformers 5.40, which requirements.txt leaves out: peft, too, uses the old ones.
-warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|past_key_values)")
+# Of names that are to change in transformers 5.40, which requirements.txt leaves out: peft, too, uses the old ones. And
+# of the ranks of experts' LoRA, which peft applies although it says that it does not.
+warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|past_key_values|(rank|alpha)_pattern keys)")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces optional kernels that we do not need
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less of a GPU's memory is lost in gaps
 torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, and in a rollout each token brings another
@@ -106,8 +107,8 @@ def in_a_sentence(what: str, advice: str) -> Iterator[None]:
         if is_out_of_memory(error):  # see advice_on_memory
             raise
         lines = str(error).strip().split("\n")  # of which some list all models that there are
-        reason = " ".join(lines[:1 + lines[0].endswith(":")]).partition(". ")[0].strip()[:300]
-        raise PolicyError(f"cannot {what}: {reason} ({advice})") from error
+        reason = " ".join(lines[:1 + lines[0].endswith(":")]).partition(". Please ")[0].strip()[:300]
+        raise PolicyError(f"cannot {what}: {reason or type(error).__name__} ({advice})") from error
 
 
 def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, seed: int = 0) -> Policy:
@@ -127,13 +128,15 @@ def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, see
     if tokenizer.chat_template is None:
         raise PolicyError(f"the model {name!r} has no chat template: use an instruction-tuned model")
     check_template(tokenizer)
-    policy = Policy(attach_adapter(base, adapter, rank, seed).train(), tokenizer, stop_tokens(base, tokenizer))
+    with in_a_sentence(f"find where the turns of {name!r} end", advice):  # without a vocabulary, for instance
+        stops = stop_tokens(base, tokenizer)
+    policy = Policy(attach_adapter(base, adapter, rank, seed).train(), tokenizer, stops)
     check_probabilities(policy, name)
     return policy
 
 
 def load_base(path: str | Path, compute_type: torch.dtype) -> torch.nn.Module:
-    """Load a model on a GPU if any, its linear layers but the head as NF4 with double quantisation (arXiv 2305.14314).
+    """Load a model on a GPU if any; all nn.Linear but the head become NF4, doubly quantised (QLoRA, arXiv 2305.14314).
 
     Always in training mode, and without dropout or noise: in evaluation mode bitsandbytes swaps in another CPU kernel,
     but sampler and trainer must compute the same probabilities.
@@ -153,7 +156,7 @@ def load_base(path: str | Path, compute_type: torch.dtype) -> torch.nn.Module:
 
 
 def stop_tokens(base: torch.nn.Module, tokenizer) -> frozenset[int]:
-    """Return the tokens that end a turn: the model's and the tokenizer's, and the template's, in a base model another.
+    """Return the tokens that end a turn: the model's, the tokenizer's, and the template's, which may be another.
 
     The template's counts only if it is a special token, for the agent may write any other within its turn.
     """
@@ -166,7 +169,7 @@ def stop_tokens(base: torch.nn.Module, tokenizer) -> frozenset[int]:
 def attach_adapter(base: torch.nn.Module, adapter: str | Path | None, rank: int, seed: int) -> PeftModel:
     """Freeze a base, with LoRA (arXiv 2106.09685) on its linear layers but the head: a folder's adapter, or a new one.
 
-    A new one changes nothing yet; its weights depend on `seed` and `rank` alone. PolicyError: the adapter does not fit.
+    A new one changes nothing yet; for one base its weights depend on seed and rank. PolicyError: they do not fit.
     """
     if adapter is not None:
         if Path(adapter).is_dir() and not Path(adapter, "adapter_config.json").exists():
@@ -601,7 +604,7 @@ def feed(policy: Policy, cache: "SlotCache", slots: list[Trajectory]) -> None:
 def advance(
     policy: Policy, cache: "SlotCache", slots: Sequence[int], tokens: Sequence[list[int]], starts: Sequence[int]
 ) -> Tensor:
-    """Feed slots, in ascending order, with tokens from the columns `starts` on; return the last logits [slots, all].
+    """Feed slots, in ascending order, with tokens from columns `starts` on; return the last logits [slots, vocabulary].
 
     A token's column in the cache is its position, so a slot holds no padding. Shorter rows of the pass are padded on
     the right: what that writes into the cache lies behind all that the slot looks at, until its next tokens overwrite
@@ -871,7 +874,7 @@ def seeded(device: torch.device | str, *what) -> Generator:
 def train(
     policy: Policy, optimizer: Optimizer, jail: Jail, tasks: list[CodeAsTask], options, first: int = 0
 ) -> Iterator[tuple[dict, list[dict]]]:
-    """Train on `tasks`; yield, after each step from `first` to before options.steps, its metrics and its `record`s.
+    """Train on `tasks`; yield, after each of the steps `first` to options.steps - 1, its metrics and its `record`s.
 
     A step draws options.tasks_per_step tasks, plays options.rollouts episodes of each, and takes one gradient step.
     With options.teacher_endpoint the model there plays them, and the step is one of cross-entropy on all that it wrote,
@@ -998,7 +1001,7 @@ def memory_of(config: PreTrainedConfig, rank: int, tokens: int) -> dict[str, flo
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     parameters, head = model.num_parameters(), model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    in_4_bits = sum(module.weight.numel() for module in linear if type(module) is torch.nn.Linear)  # as bitsandbytes
+    in_4_bits = sum(module.weight.numel() for module in linear if type(module) is torch.nn.Linear)  # no subclass
     ends = sum(module.in_features + module.out_features for module in linear)
     with torch.device("meta"):
         trained = attach_adapter(model, None, rank, seed=0).get_nb_trainable_parameters()[0]

@@ -402,7 +402,7 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
         tasks = challenge(jail, held_out, run, options)
         if not tasks:
             raise ValueError(f"no task survived the filter: see {folder / 'rejected.jsonl'}, or raise --challenges")
-        shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in render_task(tasks[0]))  # as for a terminal
+        shown = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in render_task(tasks[0]))  # for a terminal
         print(f"one that was kept:\n{shown}")
         for metrics, episodes in train(policy, run.optimizer, jail, tasks, options, first=run.progress["steps"]):
             append_lines(folder / "metrics.jsonl", [metrics])
@@ -510,7 +510,7 @@ def sort_out(episode: Challenger, kept: list[tuple[str, set[str]]], held_out: He
 # the command line (for a second reading)
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the options on the command line or, with --resume, the run's own. ValueError: it has none, or others."""
+    """Return the options on the command line or, with --resume, the run's. ValueError: lost, or in conflict."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
     add = parser.add_argument
     add("--env", nargs="+", default=list(SUITES), choices=list(ENVIRONMENTS), metavar="NAME",

@@ -354,7 +354,7 @@ class BenchmarkEnvironment(Environment):
         try:
             fingerprint = cls.fingerprint(folder)
             if fingerprint != cls.known and not any_version:
-                raise BenchmarkError("it is not the known version (--any-version, if you mean it)")
+                raise BenchmarkError("files are missing, or it is another version (--any-version, if you mean that)")
             cls.provenance = {"benchmark": cls.benchmark, "fingerprint": fingerprint}
             cls.fill(folder.resolve(), any_version)
             return
@@ -369,9 +369,9 @@ class BenchmarkEnvironment(Environment):
 
     @classmethod
     def fingerprint(cls, folder: Path) -> str:
-        """Return a hash of the package's code and data; raises BenchmarkError if it is missing or incomplete."""
+        """Return a hash of the package's code and data; raises BenchmarkError if there is none, or an LFS pointer."""
         digest, files = hashlib.sha256(), sorted((folder / cls.package).rglob("*.*"))
-        for path in [path for path in files if path.suffix in (".py", ".json", ".jsonl", ".md")]:
+        for path in [path for path in files if path.suffix in (".py", ".json", ".jsonl", ".md") and path.is_file()]:
             name, content = path.relative_to(folder).as_posix(), path.read_bytes()
             if content.startswith(b"version https://git-lfs"):
                 raise BenchmarkError(f"{name} is incomplete")
@@ -781,7 +781,8 @@ def endpoint_model(url: str, model: str, tokens: int = 1024, tries: int = 4, wai
 
     def ask(conversation: list[dict]) -> str | None:
         for attempt in range(tries):
-            time.sleep(wait * 2**(attempt - 1) if attempt else 0)
+            if attempt:
+                time.sleep(wait * 2**(attempt - 1))
             try:
                 answer = client.chat_completion(conversation, model=model, max_tokens=tokens)
                 text = answer.choices[0].message.content

@@ -6,5 +6,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def pytest_configure(config) -> None:
-    """Like rl.py, say nothing of names that are to change in a later release of transformers."""
-    config.addinivalue_line("filterwarnings", "ignore:.*(gradient_checkpointing|past_key_values)")
+    """Like rl.py, say nothing of names that are to change in a later transformers, nor of experts' ranks."""
+    config.addinivalue_line("filterwarnings", "ignore:.*(gradient_checkpointing|past_key_values|(rank|alpha)_pattern keys)")

@@ -112,9 +112,20 @@ def test_an_incomplete_checkout_gets_a_sentence(tmp_path):
         M3ToolEval.load(folder, any_version=True)
 
 
+def test_a_lost_file_of_a_checkout_gets_a_sentence_and_a_link_to_nowhere_none(tmp_path):
+    folder = make_tau_bench(tmp_path)
+    before = TauBench.fingerprint(folder)
+    (folder / "tau_bench/.#x.py").symlink_to("nowhere")
+    (folder / "tau_bench/y.py").mkdir()
+    assert TauBench.fingerprint(folder) == before
+    (folder / "tau_bench/envs/retail/data/data.json").unlink()
+    with pytest.raises(BenchmarkError, match="files are missing, or"):
+        TauBench.load(folder)
+
+
 def test_another_version_needs_a_flag(tmp_path):
     folder = make_tau_bench(tmp_path)
-    with pytest.raises(BenchmarkError, match="checkout of TauBench.*it is not the known version.*--any-version"):
+    with pytest.raises(BenchmarkError, match="checkout of TauBench.*another version.*--any-version"):
         TauBench.load(folder)
     with loaded(tau_bench=folder, any_version=True):
         assert len(Retail.held_out) == len(Airline.held_out) == 4

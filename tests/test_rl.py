@@ -761,6 +761,14 @@ def test_a_model_that_lacks_weights_is_one_sentence(tmp_path, lost):
         load_policy(str(folder))
 
 
+def test_a_model_without_a_vocabulary_is_one_sentence(tmp_path):
+    folder = model_folder(tmp_path / "model", *MODELS["Qwen-like"])
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    with pytest.raises(PolicyError, match="cannot find where the turns .* end: list index out of range"):
+        load_policy(str(folder))
+
+
 def test_a_model_without_gradient_checkpointing_is_one_sentence_before_anything_is_played(tmp_path, monkeypatch):
     folder = model_folder(tmp_path / "model", *MODELS["Qwen-like"])
     monkeypatch.setattr(Qwen2PreTrainedModel, "supports_gradient_checkpointing", False)
