@@ -23,7 +23,7 @@ from tools import CUSTOMERS, ENVIRONMENTS, make_environment
 from verify import CodeAsTask, Jail, Judgement, evaluate, judge, parse_task
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--env", "shop", "--challenges", "24", "--steps", "3", "--tasks-per-step", "4", "--rollouts", "4", "--parallel", "12", "--trials", "1"]
+SMALL = ["--env", "shop", "--challenges", "24", "--steps", "3", "--tasks-per-step", "4", "--rollouts", "4", "--parallel", "12", "--trials", "1", "--revisions", "0"]
 
 
 @pytest.fixture(scope="module")
