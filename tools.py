@@ -338,8 +338,7 @@ class BenchmarkEnvironment(Environment):
     clone: str                  # the commands that make a checkout of the commit that this file was written against
     option: str                 # of the command line, which takes the checkout's path
     folder = "."                # in the checkout; its path will do as well
-    package: str                # the folder in there whose files decide what is measured
-    known: str                  # their `fingerprint` at that commit
+    files: dict[str, str]       # {file: first 16 hex digits of its sha256} of some, by which other versions are told
     held_out: list[Any] = []    # the benchmark's tasks; they hold the reference answers and never leave this process
 
     @classmethod
@@ -351,10 +350,15 @@ class BenchmarkEnvironment(Environment):
     def load(cls, path: str | Path, any_version: bool = False) -> None:
         """Fill a benchmark's two worlds from a checkout; raises BenchmarkError if it cannot be used."""
         folder = Path(path, cls.folder) if Path(path, cls.folder).exists() else Path(path)
+        fingerprint = {}
         try:
-            fingerprint = cls.fingerprint(folder)
-            if fingerprint != cls.known and not any_version:
-                raise BenchmarkError("files are missing, or it is another version (--any-version, if you mean that)")
+            for file, known in cls.files.items():
+                content = (folder / file).read_bytes() if (folder / file).exists() else None
+                if content is None or content.startswith(b"version https://git-lfs"):
+                    raise BenchmarkError(f"{file} is missing or incomplete")
+                fingerprint[file] = hashlib.sha256(content).hexdigest()[:16]
+                if fingerprint[file] != known and not any_version:
+                    raise BenchmarkError(f"{file} is not the known version (--any-version, if you mean it)")
             cls.provenance = {"benchmark": cls.benchmark, "fingerprint": fingerprint}
             cls.fill(folder.resolve(), any_version)
             return
@@ -366,19 +370,6 @@ class BenchmarkEnvironment(Environment):
             problem = f"its import raises {type(error).__name__}: {error} (pip install what is missing)"
         raise BenchmarkError(f"{str(path)!r} is no checkout of {cls.benchmark} that can be used: {problem}. "
                              f"Make one with {cls.clone}, and give its path with {cls.option}")
-
-    @classmethod
-    def fingerprint(cls, folder: Path) -> str:
-        """Return a hash of the package's code and data; raises BenchmarkError if there is none, or an LFS pointer."""
-        digest, files = hashlib.sha256(), sorted((folder / cls.package).rglob("*.*"))
-        for path in [path for path in files if path.suffix in (".py", ".json", ".jsonl", ".md") and path.is_file()]:
-            name, content = path.relative_to(folder).as_posix(), path.read_bytes()
-            if content.startswith(b"version https://git-lfs"):
-                raise BenchmarkError(f"{name} is incomplete")
-            digest.update(f"{name} {len(content)} ".encode() + content)
-        if not files:
-            raise BenchmarkError(f"{cls.package}/ is missing")
-        return digest.hexdigest()[:16]
 
     def place(self, number: int) -> tuple[int, str]:
         """Return the seed at which a held-out task is played, and the group in which it is counted."""
@@ -459,7 +450,11 @@ class M3ToolEval(BenchmarkEnvironment):
     answered = True
     benchmark, option, folder = "M3ToolEval", "--m3tooleval", "scripts/eval/m3tooleval"
     clone = "git clone https://github.com/xingyaoww/code-act && git -C code-act checkout d607f56c9cfe"
-    package, known = "tasks", "2fa448ed0b62d4ee"
+    files = {
+        "tasks/base.py": "b39de50ba7183dba",
+        "tasks/impl/web_browsing/web_pages.jsonl": "bc885a9be35c1611",
+        "tasks/impl/web_browsing/metadata.json": "c13f5bc779bf02e8",
+    }
 
     @classmethod
     def fill(cls, folder: Path, any_version: bool) -> None:
@@ -605,7 +600,11 @@ class TauBench(BenchmarkEnvironment):
     talks = True
     benchmark, option = "TauBench", "--tau-bench"
     clone = "git clone https://github.com/sierra-research/tau-bench && git -C tau-bench checkout 59a200c6d575"
-    package, known = "tau_bench", "7af4bd65b287ed6d"
+    files = {
+        "tau_bench/envs/base.py": "1ad0402073f0ac9c",
+        "tau_bench/envs/retail/tasks_test.py": "6f09468923c6cfb6",
+        "tau_bench/envs/airline/tasks_test.py": "14cdb6b4fe810faa",
+    }
     numbers: str            # the table whose keys are order or reservation numbers
     pristine: bytes = b""   # the database as it is at a reset, pickled
     users: list[str] = []   # for whom there is something to do

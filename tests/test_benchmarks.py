@@ -108,39 +108,16 @@ def test_what_is_no_checkout_gets_a_sentence(tmp_path):
 def test_an_incomplete_checkout_gets_a_sentence(tmp_path):
     folder = make_m3tooleval(tmp_path)
     (folder / "tasks/impl/web_browsing/web_pages.jsonl").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(BenchmarkError, match="tasks/impl/web_browsing/web_pages.jsonl is incomplete"):
+    with pytest.raises(BenchmarkError, match="tasks/impl/web_browsing/web_pages.jsonl is missing or incomplete"):
         M3ToolEval.load(folder, any_version=True)
-
-
-def test_a_lost_file_of_a_checkout_gets_a_sentence_and_a_link_to_nowhere_none(tmp_path):
-    folder = make_tau_bench(tmp_path)
-    before = TauBench.fingerprint(folder)
-    (folder / "tau_bench/.#x.py").symlink_to("nowhere")
-    (folder / "tau_bench/y.py").mkdir()
-    assert TauBench.fingerprint(folder) == before
-    (folder / "tau_bench/envs/retail/data/data.json").unlink()
-    with pytest.raises(BenchmarkError, match="files are missing, or"):
-        TauBench.load(folder)
 
 
 def test_another_version_needs_a_flag(tmp_path):
     folder = make_tau_bench(tmp_path)
-    with pytest.raises(BenchmarkError, match="checkout of TauBench.*another version.*--any-version"):
+    with pytest.raises(BenchmarkError, match="checkout of TauBench.*envs/base.py is not the known version.*--any-version"):
         TauBench.load(folder)
     with loaded(tau_bench=folder, any_version=True):
         assert len(Retail.held_out) == len(Airline.held_out) == 4
-
-
-@pytest.mark.parametrize("make, kind, file", [(make_tau_bench, TauBench, "tau_bench/envs/retail/wiki.py"),
-                                              (make_m3tooleval, M3ToolEval, "tasks/impl/dna_sequencer.py")])
-def test_whatever_is_changed_in_a_checkout_is_another_version(tmp_path, make, kind, file):
-    folder = make(tmp_path)
-    before = kind.fingerprint(folder)
-    (folder / "tests.log").write_text("beside the package")
-    assert kind.fingerprint(folder) == before
-    with open(folder / file, "a") as changed:
-        changed.write("\n")
-    assert kind.fingerprint(folder) != before
 
 
 def test_tau_bench_from_elsewhere_is_refused(checkouts, tmp_path):
@@ -150,8 +127,8 @@ def test_tau_bench_from_elsewhere_is_refused(checkouts, tmp_path):
 
 def test_damaged_data_gets_a_sentence(tmp_path):
     folder = make_tau_bench(tmp_path)
-    (folder / "tau_bench/envs/retail/data/data.json").write_text("{")
-    with pytest.raises(BenchmarkError, match="incomplete: Expecting.*git clone"), loaded(tau_bench=folder, any_version=True):
+    (folder / "tau_bench/envs/retail/data/data.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(BenchmarkError, match="incomplete: Expecting value.*git clone"), loaded(tau_bench=folder, any_version=True):
         pass
 
 
@@ -709,7 +686,7 @@ def test_the_script_prints_results_with_their_setting(tmp_path):
     output, _ = script("eval", "--suite", "retail", "airline", "--tau-bench", tau, "--any-version", "--policy", "reference", "--json", folder=tmp_path)
     results = json.loads(output)
     assert results["retail"]["pass@1"] == 1 and results["airline"]["n"] == 2
-    assert results["retail"]["benchmark"] == "TauBench" and results["retail"]["fingerprint"] == TauBench.provenance["fingerprint"]
+    assert results["retail"]["benchmark"] == "TauBench" and len(results["retail"]["fingerprint"]) == 3
     assert results["retail"]["setting"]["policy"] == "reference" and results["retail"]["setting"]["user"] == "the policy's own base" and "torch" in results["retail"]["setting"]["versions"]
     assert "needs a checkout of TauBench" in script("eval", "--suite", "retail", "--policy", "nothing", folder=tmp_path, expect=2)[1]
     assert "no checkout of M3ToolEval" in script("eval", "--suite", "web", "--m3tooleval", tmp_path, folder=tmp_path, expect=2)[1]
