@@ -169,7 +169,7 @@ def stop_tokens(base: torch.nn.Module, tokenizer) -> frozenset[int]:
 def attach_adapter(base: torch.nn.Module, adapter: str | Path | None, rank: int, seed: int) -> PeftModel:
     """Freeze a base, with LoRA (arXiv 2106.09685) on its linear layers but the head: a folder's adapter, or a new one.
 
-    A new one changes nothing yet; for one base its weights depend on seed and rank. PolicyError: they do not fit.
+    A new one changes nothing yet; its weights depend on seed and rank. Raises PolicyError if one cannot be attached.
     """
     if adapter is not None:
         if Path(adapter).is_dir() and not Path(adapter, "adapter_config.json").exists():
@@ -1001,9 +1001,10 @@ def memory_of(config: PreTrainedConfig, rank: int, tokens: int) -> dict[str, flo
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     parameters, head = model.num_parameters(), model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    in_4_bits = sum(module.weight.numel() for module in linear if type(module) is torch.nn.Linear)  # no subclass
+    # bitsandbytes leaves subclasses of Linear, such as Falcon's, in 16 bits
+    in_4_bits = sum(module.weight.numel() for module in linear if type(module) is torch.nn.Linear)
     ends = sum(module.in_features + module.out_features for module in linear)
-    with torch.device("meta"):
+    with torch.device("meta"):  # only now, because it replaces the linear modules
         trained = attach_adapter(model, None, rank, seed=0).get_nb_trainable_parameters()[0]
     config = config.get_text_config()  # of a model that can see as well
     depth, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
@@ -1038,7 +1039,7 @@ def rollout_bytes(memory: dict[str, float], parallel: int) -> float:
 
 def most_parallel(memory: dict[str, float], room: float) -> int:
     """Return how many episodes can be played side by side in so many bytes."""
-    return bisect(range(1, 10**6), room, key=partial(rollout_bytes, memory))  # the first number that needs more, less 1
+    return bisect(range(1, 10**6), room, key=partial(rollout_bytes, memory))  # how many fit
 
 
 def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:

@@ -510,7 +510,7 @@ def sort_out(episode: Challenger, kept: list[tuple[str, set[str]]], held_out: He
 # the command line (for a second reading)
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the options on the command line or, with --resume, the run's. ValueError: lost, or in conflict."""
+    """Return the options given or, with --resume, the run's; raises ValueError if these are lost or contradicted."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
     add = parser.add_argument
     add("--env", nargs="+", default=list(SUITES), choices=list(ENVIRONMENTS), metavar="NAME",

@@ -210,7 +210,7 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 #   a deadline, then a kill   endless loops, sleeps, calls in C that nothing else interrupts (exchange, end)
 #   limits                    eating the memory, filling the disk, computing on after the reply (make_confine)
 #   a filter of system calls  files, network, processes, signals: all but SYSTEM_CALLS is refused (seccomp_program)
-#   nothing to find           no environment variables or open files, of this project the next two chapters (inside)
+#   nothing to find           no environment variables, no files but the channel, of this project two chapters (inside)
 #   two servers, two seeds    a verdict that follows hashes or chance: what is kept has the same ones again (judge)
 #
 # The way of one check: `Session.run` asks a fork server for a child, which has been forked and confined, and sends it
