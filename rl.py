@@ -1,6 +1,6 @@
 """The policy: a 4-bit base with a LoRA adapter, batched multi-turn rollouts, REINFORCE with a baseline.
 
-The paper (section 3.3) trains the executor by REINFORCE with the 0/1 reward and no baseline, which is rejection
+The paper (section 3) trains the executor by REINFORCE with the 0/1 reward and no baseline, which is rejection
 fine-tuning (RFT): only the successes carry gradient. What differs here, and why:
 
 * a leave-one-out baseline (Kool et al. 2019; RLOO, arXiv 2402.14740), so that failures teach as well and the gradient
@@ -824,7 +824,7 @@ def reinforce_step(
 ) -> dict:
     """Take one step up the gradient of the expected reward; `advantage` [N] belongs to the N trajectories.
 
-    loss = -1/N sum_i A_i sum_t log pi(a_t | history)        (REINFORCE, Williams 1992; the paper has R_i for A_i)
+    loss = -1/N sum_i A_i sum_t log pi(a_t | history)    (REINFORCE, Williams 1992; equation 2 of the paper, with R_i)
 
     The inner sum runs over the tokens that the agent sampled. N counts all trajectories, also those without signal
     (A = 0), on which no computation is spent: so the gradient does not depend on how they are split into micro-batches.
@@ -878,8 +878,8 @@ def train(
 
     A step draws options.tasks_per_step tasks, plays options.rollouts episodes of each, and takes one gradient step.
     With options.teacher_endpoint the model there plays them, and the step is one of cross-entropy on all that it wrote,
-    failures included: the paper's distillation. What is drawn depends on options.seed and the step alone. Raises
-    PolicyError if there are no tasks.
+    failures included: the paper's distillation (equation 3). What is drawn depends on options.seed and the step alone.
+    Raises PolicyError if there are no tasks.
     """
     if not tasks:
         raise PolicyError("there are no tasks to train on")

@@ -2,11 +2,13 @@
 
     python selfchallenge.py                     (the embedded model on two toy environments, minutes on a laptop)
 
-1. challenge   The model plays the challenger (section 3.1 of the paper): it explores an environment with the
-               tools, then writes a Code-as-Task.
+Parts 1 to 3 are section 3 of the paper, part 4 its section 4:
+
+1. challenge   The model plays the challenger: it explores an environment with the tools, then writes a
+               Code-as-Task.
 2. filter      The jail runs the task's code and keeps it only if its solution passes its own verification and
-               every failure case fails (section 3.2). A rejection goes back to the challenger, which may revise.
-3. train       The same model plays the executor on the kept tasks and learns by REINFORCE (section 3.3).
+               every failure case fails. A rejection goes back to the challenger, which may revise.
+3. train       The same model plays the executor on the kept tasks and learns by REINFORCE.
 4. evaluate    Before and after training, on hand-written tasks that occur nowhere in training.
 
 How it departs from the paper: near-duplicates are dropped, and so is every task that shares its parameters with

@@ -872,8 +872,8 @@ def test_what_is_remembered_of_an_action_takes_from_its_time():
 
 
 def test_a_child_that_is_started_late_has_the_time_of_all_that_it_has_to_catch_up_with():
-    slow = "for n in range(5_000_000): pass\nprint('done', {})"  # without a clock, so that it is remembered
-    with Jail(seconds=2.0) as jail:  # each takes a tenth of that, all together more
+    slow = "for n in range(2_500_000): pass\nprint('done', {})"  # without a clock, so that it is remembered
+    with Jail(seconds=1.0) as jail:  # each takes a tenth of that, all together more
         for last in ("other", "new"):
             with jail.session(None) as session:
                 outcomes = [session.run(slow.format(number)).error for number in range(20)] + [session.run(f"print({last!r})").error]

@@ -23,7 +23,7 @@ from tools import CUSTOMERS, ENVIRONMENTS, make_environment
 from verify import CodeAsTask, Jail, Judgement, evaluate, judge, parse_task
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--env", "shop", "--challenges", "24", "--steps", "3", "--tasks-per-step", "4", "--rollouts", "4", "--parallel", "12", "--trials", "1", "--revisions", "0"]
+SMALL = ["--env", "shop", "--challenges", "44", "--steps", "3", "--tasks-per-step", "4", "--rollouts", "4", "--parallel", "22", "--trials", "1", "--revisions", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def test_a_run_leaves_what_the_contract_names(whole):
         assert set(summary[phase]) == {"shop"} and set(summary[phase]["shop"]) >= {"pass@1", "greedy", "n"}
     kept = (whole / "tasks.jsonl").read_text().splitlines()
     rejected = (whole / "rejected.jsonl").read_text().splitlines()
-    assert len(kept) + len(rejected) == 24 == sum(summary["filter"].values())
+    assert len(kept) + len(rejected) == 44 == sum(summary["filter"].values())
     assert all(list(json.loads(line)) == ["env", "seed", "instruction", "evaluate", "solution", "failures"] for line in kept)
     assert all(json.loads(line)["reason"] for line in rejected)
     assert len((whole / "metrics.jsonl").read_text().splitlines()) == 3
@@ -260,9 +260,9 @@ def test_no_task_of_an_unfiltered_pool_leaks(jail, tmp_path, held_out, monkeypat
     options, policy = parse_options([*SMALL, "--no-filter"]), load_policy("tiny")
     run = selfchallenge.Run(tmp_path, policy, make_optimizer(policy, 1e-3))
     tasks = selfchallenge.challenge(jail, held_out, run, options)
-    assert len(tasks) > 12 and not any(held_out.leaks(task.instruction) for task in tasks)
+    assert len(tasks) > 22 and not any(held_out.leaks(task.instruction) for task in tasks)
     assert run.read("tasks.jsonl") == [vars(task) for task in tasks]
-    assert "\n24 attempts, " in capsys.readouterr().out  # below the bar, not behind it
+    assert "\n44 attempts, " in capsys.readouterr().out  # below the bar, not behind it
 
 
 def test_the_kept_tasks_pass_the_filter_again(whole):
@@ -274,7 +274,7 @@ def test_the_kept_tasks_pass_the_filter_again(whole):
 
 def test_the_saved_adapter_scores_what_the_trained_policy_scored(whole, monkeypatch, capsys):
     adapter = str(whole / "adapter")
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--suite", "shop", "--adapter", adapter, "--trials", "1", "--parallel", "12", "--json"])
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--suite", "shop", "--adapter", adapter, "--trials", "1", "--parallel", "22", "--json"])
     assert evaluation.main() == 0
     results = json.loads(capsys.readouterr().out)
     assert results["shop"].pop("setting")["adapter"] == adapter
@@ -327,7 +327,7 @@ def test_a_resumed_run_may_be_given_less_memory_and_nothing_else(whole):
     as_it_was = {**own, "resume": whole, "name": None}
     assert vars(parse_options(["--resume", str(whole)])) == as_it_was
     assert vars(parse_options(["--resume", str(whole), "--parallel", "3"])) == {**as_it_was, "parallel": 3}
-    assert own["parallel"] == 12 and own["filter"]
+    assert own["parallel"] == 22 and own["filter"]
     for other in (["--seed", "9"], ["--steps", "99"], ["--no-filter"]):
         with pytest.raises(ValueError, match=f"only --parallel and --micro-batch-tokens.*not {other[0].removeprefix('--no').strip('-')}"):
             parse_options(["--resume", str(whole), "--parallel", "3", *other])
