@@ -186,17 +186,17 @@ def evaluate_policy(
     policy: Policy | str, jail: Jail, suites: dict[str, list[Task]], seed: int = 0, trials: int = 4,
     label: str = "evaluate", finished: Iterable[dict] = (), write: Callable[[list[dict]], None] = lambda lines: None,
     parallel: int = 256, **limits: Any,
-) -> tuple[dict[str, dict], list[dict]]:
-    """Play every task of {suite: tasks} `trials` times at temperature 1 and once greedily; return numbers and records.
+) -> dict[str, dict]:
+    """Play every task of {suite: tasks} `trials` times at temperature 1 and once greedily; return {suite: numbers}.
 
-    The numbers of a suite (`numbers_of`) do not depend on which others are played. The records are lines of
-    trajectories.jsonl (`rl.record`) of the phase `label`, with "greedy", "task" and "trial". `parallel` episodes are a
-    wave, and what one samples depends on its whole wave. A wave goes to `write` as it ends; with those of an
-    interrupted evaluation in `finished` and the same `parallel` the rest comes out as if nothing had happened. `limits`
-    (turn_tokens, context, user) go to `rl.rollout`. The policy may be the name of a baseline, whose trials are all
-    alike, and whose records hold the reward alone.
+    The numbers of a suite (`numbers_of`) do not depend on which others are played. `parallel` episodes are a wave, and
+    what one samples depends on its whole wave. As a wave ends its records go to `write`: lines of trajectories.jsonl
+    (`rl.record`) of the phase `label`, with "greedy", "task" and "trial". With those of an interrupted evaluation in
+    `finished` and the same `parallel` the rest comes out as if nothing had happened. `limits` (turn_tokens, context,
+    user) go to `rl.rollout`. The policy may be the name of a baseline, whose trials are all alike, and which has no
+    records.
     """
-    results, records = {}, []
+    results = {}
     for suite, tasks in suites.items():
         baselines = play_baselines(jail, tasks)
         sampled = [(False, number, trial) for number in range(len(tasks)) for trial in range(trials)]
@@ -216,10 +216,8 @@ def evaluate_policy(
                     new = {place: line for place, line in zip(wave, played) if place not in lines}
                     write(list(new.values()))
                     lines |= new
-        of_suite = [lines[place] for place in sampled + greedy]
-        results[suite] = numbers_of(tasks, baselines, of_suite)
-        records += of_suite
-    return results, records
+        results[suite] = numbers_of(tasks, baselines, [lines[place] for place in sampled + greedy])
+    return results
 
 
 def play_wave(
@@ -693,8 +691,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict]:
             policy = arguments.policy
             if policy not in BASELINES:
                 policy = load_policy(policy, arguments.adapter, seed=arguments.seed)
-            results, _ = evaluate_policy(policy, jail, suites, arguments.seed, arguments.trials,
-                                         finished=finished, write=write, **rollout_limits(arguments))
+            results = evaluate_policy(policy, jail, suites, arguments.seed, arguments.trials,
+                                      finished=finished, write=write, **rollout_limits(arguments))
     return {suite: numbers | {"setting": setting} for suite, numbers in results.items()}
 
 

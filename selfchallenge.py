@@ -37,8 +37,7 @@ if __name__ == "__main__":  # while the libraries load: seconds, in which they m
 import torch
 from tqdm import tqdm
 
-from eval import BenchmarkTask, SUITES, SURVIVED, continued, evaluate_policy, format_table, load_suite, setting_of
-from eval import write_report
+from eval import BenchmarkTask, SUITES, SURVIVED, evaluate_policy, format_table, load_suite, setting_of, write_report
 from rl import Episode, Help, Policy, add_training_options, advice_on_memory, append_lines, in_a_sentence
 from rl import is_out_of_memory, load_policy, make_optimizer, natural, positive, prepare, record, rollout
 from rl import rollout_limits, save_adapter, seeded, train, versions
@@ -434,16 +433,16 @@ def measure_phase(phase: str, suites: dict[str, list], jail: Jail, run: Run, opt
     """Evaluate the policy on held-out tasks, before or after training, if that is not done; it may be interrupted."""
     if phase in run.progress["results"]:
         return
-    finished, write = continued(run.folder / "checkpoint" / f"{phase}.jsonl", setting_of(options))
+    path = run.folder / "trajectories.jsonl"
+    finished = [line for line in run.read(path.name) if line["phase"] == phase]
 
     def keep(lines: list[dict]) -> None:
-        write(lines)
+        append_lines(path, lines)
         run.save(phase)
 
-    results, records = evaluate_policy(
+    keep([])  # so that there is a checkpoint before there are records
+    run.progress["results"][phase] = evaluate_policy(
         run.policy, jail, suites, options.seed, options.trials, phase, finished, keep, **rollout_limits(options))
-    append_lines(run.folder / "trajectories.jsonl", records)
-    run.progress["results"][phase] = results
     run.save(phase)
 
 

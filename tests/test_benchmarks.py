@@ -448,7 +448,8 @@ def test_the_policys_own_base_plays_the_user_whatever_the_adapter(checkouts, jai
 def test_a_failed_user_counts_for_nobody(checkouts, jail, policy):
     def sometimes(conversations):
         return [None if number % 2 else "###STOP###" for number, _ in enumerate(conversations)]
-    results, records = evaluation.evaluate_policy(policy, jail, {"retail": evaluation.load_suite("retail")}, 0, 4, user=sometimes)
+    records = []
+    results = evaluation.evaluate_policy(policy, jail, {"retail": evaluation.load_suite("retail")}, 0, 4, user=sometimes, write=records.extend)
     assert [r["reward"] for r in records[:4]] == [0, None, 0, None] and {r["status"] for r in records} == {"answered", "user failed"}
     assert results["retail"]["user_failed"] == 10 and results["retail"]["pass@1"] == 0.25 and json.dumps(records)
     assert "retail (10 episodes not counted)" in evaluation.format_table(results)
@@ -613,7 +614,7 @@ def test_suites_of_the_stand_ins(checkouts, jail):
     assert [len(evaluation.load_suite(name)) for name in ("calculation", "web", "retail", "airline")] == [5, 2, 4, 2]
     assert len(evaluation.load_suite("airline", airline="all")) == 4
     suites = {name: evaluation.load_suite(name) for name in ("calculation", "web", "retail", "airline")}
-    reference, nothing = (evaluation.evaluate_policy(name, jail, suites)[0] for name in ("reference", "nothing"))
+    reference, nothing = (evaluation.evaluate_policy(name, jail, suites) for name in ("reference", "nothing"))
     assert [reference[name]["pass@1"] for name in suites] == [1, 1, 1, 1]
     assert [nothing[name]["pass@1"] for name in suites] == [0, 0, 0.25, 0]
     assert list(reference["calculation"]["groups"]) == ["message_decoder", "trade_calculator", "travel_itinerary_planning", "dna_sequencer"]
@@ -624,7 +625,8 @@ def test_suites_of_the_stand_ins(checkouts, jail):
 
 
 def test_the_tolerant_check_stands_beside_the_original(checkouts, jail, policy):
-    results, records = evaluation.evaluate_policy(policy, jail, {"web": evaluation.load_suite("web")}, 0, 4, turn_tokens=8, context=400)
+    limits, records = {"turn_tokens": 8, "context": 400}, []
+    results = evaluation.evaluate_policy(policy, jail, {"web": evaluation.load_suite("web")}, 0, 4, write=records.extend, **limits)
     assert results["web"]["groups"]["tolerant check"]["n"] == 2 and {r["tolerant"] for r in records} <= {0.0, 1.0}
 
 
@@ -652,10 +654,11 @@ def test_an_interrupted_evaluation_goes_on(checkouts, jail, policy, tmp_path):
     assert finished == written and len(finished) == 8
     played = []
     resumed = play(finished, lambda lines: (played.extend(lines), write(lines)))
-    assert len(played) + len(finished) == len(resumed[1]) == 25
-    assert resumed == play([], lambda lines: None)  # as if it had never been interrupted
+    assert len(played) + len(finished) == 25
+    whole = []
+    assert resumed == play([], whole.extend) and finished + played == whole  # as if it had never been interrupted
     again, _ = evaluation.continued(path, setting)
-    assert len(again) == 25 and play(again, lambda line: pytest.fail("played again"))[0] == resumed[0]
+    assert len(again) == 25 and play(again, lambda line: pytest.fail("played again")) == resumed
     limits["parallel"] = 3  # of whose waves some are half in the file
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:9]))
     play(*evaluation.continued(path, setting))

@@ -137,7 +137,7 @@ def test_a_solution_that_breaks_off_does_not_pass(jail):
 
 
 def test_a_baseline_gets_the_numbers_of_a_policy(jail):
-    numbers = evaluation.evaluate_policy("reference", jail, {"shop": evaluation.load_suite("shop")})[0]["shop"]
+    numbers = evaluation.evaluate_policy("reference", jail, {"shop": evaluation.load_suite("shop")})["shop"]
     size = len(evaluation.load_suite("shop"))
     assert [numbers[key] for key in ("pass@1", "pass@4", "pass^4", "greedy", "n")] == [1, 1, 1, 1, size]
     assert (numbers["nothing"], numbers["reference"]) == (0, 1)
@@ -146,9 +146,9 @@ def test_a_baseline_gets_the_numbers_of_a_policy(jail):
 @pytest.mark.skipif(not (ROOT / "tiny" / "config.json").exists(), reason="the embedded model has not been made")
 def test_a_policy_is_measured_reproducibly_and_with_a_record_of_every_episode(jail):
     policy = evaluation.load_policy("tiny")
-    limits = {"context": 160, "turn_tokens": 60}
-    numbers, records = evaluation.evaluate_policy(policy, jail, {"shop": evaluation.load_suite("shop")}, seed=1, trials=2, label="before", **limits)
-    again, _ = evaluation.evaluate_policy(policy, jail, {"shop": evaluation.load_suite("shop")}, seed=1, trials=2, label="before", **limits)
+    suites, limits, records = {"shop": evaluation.load_suite("shop")}, {"context": 160, "turn_tokens": 60}, []
+    numbers = evaluation.evaluate_policy(policy, jail, suites, seed=1, trials=2, label="before", write=records.extend, **limits)
+    again = evaluation.evaluate_policy(policy, jail, suites, seed=1, trials=2, label="before", **limits)
     size = len(evaluation.load_suite("shop"))
     assert numbers == again and numbers["shop"]["n"] == size
     sampled = [record for record in records if not record["greedy"]]

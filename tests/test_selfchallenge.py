@@ -304,9 +304,11 @@ def interrupt(folder: Path, arguments: list[str], name: str, lines: int) -> None
 
 
 def test_a_resumed_run_equals_one_that_was_never_interrupted(whole, tmp_path, here):
-    """It is interrupted twice, once while the model challenges itself and once while it trains."""
+    """It is interrupted three times: while the model is measured, while it challenges itself, and while it trains."""
     run = tmp_path / "runs" / "a"
-    interrupt(tmp_path, [*SMALL, "--name", "a"], "rejected.jsonl", 1)
+    interrupt(tmp_path, [*SMALL, "--name", "a"], "trajectories.jsonl", 1)
+    assert not (run / "rejected.jsonl").exists()
+    interrupt(tmp_path, ["--resume", str(run)], "rejected.jsonl", 1)
     assert not (run / "metrics.jsonl").exists()
     (run / "mine.jsonl").write_text("what a user keeps beside them\n")
     interrupt(tmp_path, ["--resume", str(run)], "metrics.jsonl", 2)
@@ -469,7 +471,7 @@ def test_the_readme_s_world_of_one_s_own_is_sound_and_short(jail, tmp_path, monk
     monkeypatch.setitem(EXAMPLES, "garden", None)
     exec(compile(code, "garden.py", "exec"), {"__name__": "garden"})
     assert judge(jail, EXAMPLES["garden"]).ok
-    numbers = evaluate_policy("reference", jail, {"garden": load_suite("garden")})[0]["garden"]
+    numbers = evaluate_policy("reference", jail, {"garden": load_suite("garden")})["garden"]
     assert (numbers["pass@1"], numbers["nothing"], numbers["n"]) == (1, 0, 4)
     assert parse_options(["--env", "garden"]).env == ["garden"]
     del EXAMPLES["garden"]
