@@ -250,21 +250,17 @@ def challenger_prompt(environment: Environment) -> str:
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
-class HeldOut:
-    """The evaluation tasks, and the test that keeps them out of everything that is trained on."""
+def about(task: CodeAsTask | BenchmarkTask) -> set[str]:
+    """What a held-out task is about: its `parameters`, or all words of a benchmark's, and of one that names nothing."""
+    named = parameters(task) if isinstance(task, CodeAsTask) else set()
+    return named or words(task.instruction)
 
-    def __init__(self, tasks: list[CodeAsTask | BenchmarkTask]):
-        self.tasks = tasks
-        self.parameters = []
-        for task in tasks:
-            named = parameters(task) if isinstance(task, CodeAsTask) else set()
-            self.parameters.append(named or words(task.instruction))  # all words of one that names nothing of its world
 
-    def leaks(self, instruction: str) -> bool:
-        """Whether an instruction names everything that some held-out task is about, in whatever words, "four" or 4."""
-        mentioned = words(instruction)
-        mentioned |= {str(NUMBER_WORDS.index(word)) for word in mentioned if word in NUMBER_WORDS}
-        return any(wanted <= mentioned for wanted in self.parameters)
+def leaks(instruction: str, held_out: list[set[str]]) -> bool:
+    """Whether an instruction names all that some held-out task is `about`, in whatever words, "four" or 4."""
+    mentioned = words(instruction)
+    mentioned |= {str(NUMBER_WORDS.index(word)) for word in mentioned if word in NUMBER_WORDS}
+    return any(wanted <= mentioned for wanted in held_out)
 
 
 def words(text: str) -> set[str]:
@@ -390,7 +386,7 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
     """Play what the run in a folder has not finished yet; return the summary, which is also written there."""
     prepare(options)
     suites = {name: load_suite(name, options.airline) for name in options.env}
-    held_out = HeldOut([task for tasks in suites.values() for task in tasks])
+    held_out = [about(task) for tasks in suites.values() for task in tasks]
     with advice_on_memory(options.model), Jail(allow_weak=options.allow_weak_jail) as jail:
         print(jail.describe())
         policy = load_policy(options.model, rank=options.rank, seed=options.seed)
@@ -446,7 +442,7 @@ def measure_phase(phase: str, suites: dict[str, list], jail: Jail, run: Run, opt
     run.save(phase)
 
 
-def challenge(jail: Jail, held_out: HeldOut, run: Run, options: argparse.Namespace) -> list[CodeAsTask]:
+def challenge(jail: Jail, held_out: list[set[str]], run: Run, options: argparse.Namespace) -> list[CodeAsTask]:
     """Let the model write tasks, until options.challenges attempts are made; return those that are kept.
 
     With options.challenger_endpoint the model there writes them. Each last submission goes to tasks.jsonl, or to
@@ -483,7 +479,7 @@ def challenge(jail: Jail, held_out: HeldOut, run: Run, options: argparse.Namespa
     return [CodeAsTask(**task) for task in run.read("tasks.jsonl")]
 
 
-def sort_out(episode: Challenger, kept: list[tuple[str, set[str]]], held_out: HeldOut, filtered: bool) -> dict:
+def sort_out(episode: Challenger, kept: list[tuple[str, set[str]]], held_out: list[set[str]], filtered: bool) -> dict:
     """Return an attempt's line for tasks.jsonl or, with a "stage", for rejected.jsonl.
 
     `kept` are the worlds and the words (`task_words`) of the tasks that are kept so far.
@@ -496,7 +492,7 @@ def sort_out(episode: Challenger, kept: list[tuple[str, set[str]]], held_out: He
         return {**place, "stage": "parse", "reason": judgement.reason, "text": episode.messages[-1]["content"]}
     told = {**vars(task), "instruction": make_environment(task.env, task.seed).as_told(task.instruction)}
     its_words = task_words(told)
-    if held_out.leaks(f"{told['instruction']} {task.instruction}"):  # the second has what the first withholds
+    if leaks(f"{told['instruction']} {task.instruction}", held_out):  # the second has what the first withholds
         stage, reason = "held-out", "it shares its parameters with a held-out task"
     elif filtered and not judgement.ok:
         stage, reason = judgement.stage, judgement.reason

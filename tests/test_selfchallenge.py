@@ -17,12 +17,13 @@ import eval as evaluation  # the module's name is also that of a builtin
 import selfchallenge
 from eval import SUITES, evaluate_policy, load_suite
 from rl import advantages, load_policy, make_optimizer
-from selfchallenge import (EXAMPLES, Challenger, HeldOut, challenger_prompt, near_duplicates, parameters, parse_options,
+from selfchallenge import (EXAMPLES, Challenger, about, challenger_prompt, leaks, near_duplicates, parameters, parse_options,
                            render_task, sort_out, task_words, words)
 from tools import CUSTOMERS, ENVIRONMENTS, make_environment
 from verify import CodeAsTask, Jail, Judgement, evaluate, judge, parse_task
 
 ROOT = Path(__file__).resolve().parent.parent
+HELD_OUT = [task for suite in SUITES for task in load_suite(suite)]
 SMALL = ["--env", "shop", "--challenges", "44", "--steps", "3", "--tasks-per-step", "4", "--rollouts", "4", "--parallel", "22", "--trials", "1", "--revisions", "0"]
 
 
@@ -34,7 +35,7 @@ def jail():
 
 @pytest.fixture(scope="module")
 def held_out():
-    return HeldOut([task for suite in SUITES for task in load_suite(suite)])
+    return [about(task) for task in HELD_OUT]
 
 
 def command(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess:
@@ -141,12 +142,12 @@ def test_every_attempt_is_sorted_out(held_out):
     assert sort_out(handed_in(task, KEPT), [("shop", words_of_it)], held_out, filtered=True)["stage"] == "duplicate"
     assert sort_out(handed_in(task, KEPT), [("another", words_of_it)], held_out, filtered=True) == vars(task)
     assert sort_out(handed_in(None, REJECTED), [], held_out, filtered=True)["stage"] == "parse"
-    assert sort_out(handed_in(held_out.tasks[-1], KEPT), [], held_out, filtered=True)["stage"] == "held-out"
+    assert sort_out(handed_in(HELD_OUT[-1], KEPT), [], held_out, filtered=True)["stage"] == "held-out"
 
 
 def test_without_the_filter_a_rejected_task_is_kept_but_a_held_out_one_is_not(held_out):
     assert sort_out(handed_in(EXAMPLES["shop"], REJECTED), [], held_out, filtered=False) == vars(EXAMPLES["shop"])
-    assert sort_out(handed_in(held_out.tasks[-1], REJECTED), [], held_out, filtered=False)["stage"] == "held-out"
+    assert sort_out(handed_in(HELD_OUT[-1], REJECTED), [], held_out, filtered=False)["stage"] == "held-out"
 
 
 def test_near_duplicates_share_nine_tenths_of_their_words():
@@ -166,17 +167,17 @@ def test_parameters_are_who_what_and_how_many():
 
 
 def test_a_held_out_task_leaks_in_whatever_words(held_out):
-    for task in held_out.tasks:
-        assert held_out.leaks(task.instruction)
-        assert held_out.leaks("Quite other words, but about " + ", ".join(sorted(parameters(task))))
-    assert held_out.leaks("Take the amount of chair, add four, then multiply by seven.")
+    for task in HELD_OUT:
+        assert leaks(task.instruction, held_out)
+        assert leaks("Quite other words, but about " + ", ".join(sorted(parameters(task))), held_out)
+    assert leaks("Take the amount of chair, add four, then multiply by seven.", held_out)
 
 
 def test_the_prompts_give_no_held_out_task_away(held_out):
     for task in EXAMPLES.values():
-        assert not held_out.leaks(task.instruction)
+        assert not leaks(task.instruction, held_out)
     for env in SUITES:
-        assert not any(task.instruction in challenger_prompt(make_environment(env)) for task in held_out.tasks)
+        assert not any(task.instruction in challenger_prompt(make_environment(env)) for task in HELD_OUT)
 
 
 def test_the_pretraining_corpus_gives_no_held_out_task_away(held_out):
@@ -190,14 +191,14 @@ def test_the_pretraining_corpus_gives_no_held_out_task_away(held_out):
             for line in message["content"].split("\n"):
                 if line.startswith("<instruction>") or message is messages[1]:
                     instructions += 1
-                    assert not held_out.leaks(line)
+                    assert not leaks(line, held_out)
     assert instructions > 250
 
 
 @pytest.mark.parametrize("instruction", ["Empty everything.", "取出一切"])
 def test_a_held_out_task_that_names_nothing_of_its_world_leaks_by_its_words_alone(instruction):
-    held_out = HeldOut([CodeAsTask("shop", 0, instruction, "e", "s", ["a", "b", "c"])])
-    assert held_out.leaks(instruction) and not held_out.leaks("Hugo wants to cancel the clock.")
+    held_out = [about(CodeAsTask("shop", 0, instruction, "e", "s", ["a", "b", "c"]))]
+    assert leaks(instruction, held_out) and not leaks("Hugo wants to cancel the clock.", held_out)
 
 
 def test_a_corpus_would_leak_without_the_check(held_out):
@@ -209,7 +210,7 @@ def test_a_corpus_would_leak_without_the_check(held_out):
 
     rng = random.Random(0)
     drawn = [pretrain.random_calculation(rng).instruction(rng) for _ in range(5000)]
-    assert any(held_out.leaks(instruction) for instruction in drawn)
+    assert any(leaks(instruction, held_out) for instruction in drawn)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ def test_a_run_shows_a_task_that_was_kept_and_where_its_report_is(whole):
 
 def test_no_task_of_a_run_leaks(whole, held_out):
     lines = [json.loads(line) for line in (whole / "tasks.jsonl").read_text().splitlines()]
-    assert lines and not any(held_out.leaks(line["instruction"]) for line in lines)
+    assert lines and not any(leaks(line["instruction"], held_out) for line in lines)
 
 
 def test_no_task_of_an_unfiltered_pool_leaks(jail, tmp_path, held_out, monkeypatch, capsys):
@@ -260,7 +261,11 @@ def test_no_task_of_an_unfiltered_pool_leaks(jail, tmp_path, held_out, monkeypat
     options, policy = parse_options([*SMALL, "--no-filter"]), load_policy("tiny")
     run = selfchallenge.Run(tmp_path, policy, make_optimizer(policy, 1e-3))
     tasks = selfchallenge.challenge(jail, held_out, run, options)
+<<<<<<< HEAD
     assert len(tasks) > 22 and not any(held_out.leaks(task.instruction) for task in tasks)
+=======
+    assert len(tasks) > 12 and not any(leaks(task.instruction, held_out) for task in tasks)
+>>>>>>> 966f78d (What is held out is a list of sets of words, and a function: no class where a function serves (4 lines))
     assert run.read("tasks.jsonl") == [vars(task) for task in tasks]
     assert "\n44 attempts, " in capsys.readouterr().out  # below the bar, not behind it
 

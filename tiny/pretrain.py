@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from eval import SUITES, load_suite  # noqa: E402
 from rl import Executor, Trajectory, micro_batches, observation_tokens, prompt_tokens  # noqa: E402
-from selfchallenge import Challenger, HeldOut, render_task  # noqa: E402
+from selfchallenge import Challenger, about, leaks, render_task  # noqa: E402
 from tools import CITIES, CUSTOMERS, ITEMS, make_environment  # noqa: E402
 from verify import CodeAsTask, Jail  # noqa: E402
 
@@ -336,9 +336,9 @@ def random_challenger(jail: Jail, seed: int, rng: random.Random) -> tuple[Challe
     return Challenger(jail, env, seed, revisions=1), script(seed, rng)
 
 
-def play(episode, script: Script, held_out: HeldOut) -> tuple[list[dict], float] | None:
+def play(episode, script: Script, held_out: list[set[str]]) -> tuple[list[dict], float] | None:
     """Let a teacher play an episode; return its messages and reward, or None if it would give a held-out task away."""
-    if isinstance(episode, Executor) and held_out.leaks(episode.task.instruction):
+    if isinstance(episode, Executor) and leaks(episode.task.instruction, held_out):
         return None
     text = next(script)
     while True:
@@ -349,14 +349,14 @@ def play(episode, script: Script, held_out: HeldOut) -> tuple[list[dict], float]
         episode.messages.append({"role": "user", "content": reply})
         text = script.send(reply)
     episode.close()
-    if isinstance(episode, Challenger) and any(task and held_out.leaks(task.instruction) for task, _ in episode.submissions):
+    if isinstance(episode, Challenger) and any(task and leaks(task.instruction, held_out) for task, _ in episode.submissions):
         return None
     return episode.messages, episode.reward
 
 
 def demonstrations(seed: int, number: int) -> list[list[dict]]:
     """Play `number` episodes, a third of them the challenger's, and return their messages; prints how often they succeed."""
-    held_out = HeldOut([task for suite in SUITES for task in load_suite(suite)])
+    held_out = [about(task) for suite in SUITES for task in load_suite(suite)]
 
     def demonstrate(index: int):
         rng = random.Random(f"demonstration {seed} {index}")
