@@ -53,7 +53,7 @@ from tools import ENVIRONMENTS, Environment, ToolError, load_benchmarks, make_en
 STAGES = ("parse", "runs", "solution", "failures", "ok")  # where a task can end, in the order of the filter
 FAILURE_CASES = range(3, 17)     # how many a task may have: the paper asks for three
 SOURCE_CHARACTERS = 64 * 1024    # in an instruction or a source
-LINE_BYTES = 1024 * 1024         # in a line of a task file
+LINE_CHARACTERS = 1024 * 1024    # in a line of a task file
 ANSWER_CHARACTERS = 4_000        # in a final answer
 OBSERVATION_CHARACTERS = 4_000   # that a model sees of the output of an action
 TOOL_CALLS = 1_000               # in an action
@@ -91,8 +91,8 @@ class CodeAsTask:
     @classmethod
     def from_json(cls, line: str) -> "CodeAsTask":
         """Return the task that a line of JSON holds; raises TaskError at stage "parse" otherwise."""
-        if len(line) > LINE_BYTES:
-            raise TaskError("parse", f"the line is longer than {LINE_BYTES:,} bytes")
+        if len(line) > LINE_CHARACTERS:
+            raise TaskError("parse", f"the line is longer than {LINE_CHARACTERS:,} characters")
         try:
             if not isinstance(data := json.loads(line.strip()), dict):
                 raise TypeError(f"it is of the type {type(data).__name__}")
@@ -937,13 +937,10 @@ def judge_many(jail: Jail, tasks: Iterable[CodeAsTask | str], workers: int = 4) 
 # the command line (for a second reading)
 
 def read_lines(path: str) -> Iterator[str]:
-    """Yield the lines of a file; one of more than LINE_BYTES as that many spaces and one, which is too long as well."""
-    with open(path, "rb") as file:
-        while line := file.readline(LINE_BYTES + 1):
-            rest = line
-            while len(rest) > LINE_BYTES and not rest.endswith(b"\n"):
-                rest, line = file.readline(LINE_BYTES + 1), b" " * (LINE_BYTES + 1)
-            yield line.removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")  # without a mark of UTF-8
+    """Yield the lines of a file, each of which is cut where it is longer than LINE_CHARACTERS."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for line in file:
+            yield line[:LINE_CHARACTERS + 1]
 
 
 def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int:

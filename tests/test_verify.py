@@ -14,7 +14,7 @@ import verify
 from tools import make_environment
 from verify import (
     FAILURE_CASES,
-    LINE_BYTES,
+    LINE_CHARACTERS,
     STAGES,
     CodeAsTask,
     FormatError,
@@ -192,7 +192,7 @@ BAD_LINES = [(json.dumps(dataclasses.asdict(SHOP) | parts), reason) for parts, r
     ("[" * 100_000, "not a JSON object"),
     ('{"seed": ' + "9" * 5_000 + "}", "not a JSON object"),
     ('{"env": "shop"}', "lacks 'seed'"),
-    (" " * LINE_BYTES + "{}", "longer than"),
+    (" " * LINE_CHARACTERS + "{}", "longer than"),
 ]
 
 
@@ -397,8 +397,8 @@ def command(*arguments, **options):
 def test_the_command_line_judges_every_line_whatever_the_others_are(tmp_path):
     lines = [line.encode() for line in (SHOP.to_json(), "no task", CALCULATOR.to_json(), "", REJECTED["everything passes"][0].to_json())]
     lines[0] = b"\xef\xbb\xbf" + lines[0]  # as some editors begin a file
-    lines += [b"\xff\xfe\x00", b'{"env": "' + b"x" * 3 * LINE_BYTES + b'"}', SHOP.to_json().encode()]
-    lines += [SHOP.to_json().encode() + "\u3000".encode() * (LINE_BYTES // 2), SHOP.to_json().encode() + b" " * LINE_BYTES + b"no task"]
+    lines += [b"\xff\xfe\x00", b'{"env": "' + b"x" * 3 * LINE_CHARACTERS + b'"}', SHOP.to_json().encode()]
+    lines += [SHOP.to_json().encode() + "\u3000".encode() * LINE_CHARACTERS, SHOP.to_json().encode() + b" " * LINE_CHARACTERS + b"no task"]
     (tmp_path / "tasks.jsonl").write_bytes(b"\n".join(lines))
     result = command("tasks.jsonl", cwd=tmp_path)
     judgements = [json.loads(line) for line in result.stdout.splitlines()]
