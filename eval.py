@@ -343,11 +343,9 @@ def write_report(run: Path, *others: Path) -> Path:
     Raises ValueError if a folder is not that of a run, or a file is damaged.
     """
     files, compared = read_run(run), [read_run(other, SMALL_FILES) for other in others]
-    try:
+    folders = " or ".join(repr(str(folder)) for folder in (run, *others))
+    with in_a_sentence(f"make a report of {folders}", "a file is damaged, or not one that a run writes"):
         parts = page_parts(files, grouped([files, *compared]))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # JSON, but not a run's
-        folders = " or ".join(repr(str(folder)) for folder in (run, *others))
-        raise ValueError(f"a file of {folders} is damaged, or not one that a run writes: {error!r}") from error
     path = run / "report.html"
     page = PAGE.substitute({name: part or "<p>Nothing was recorded.</p>" for name, part in parts.items()})
     path.write_text(page, encoding="utf-8", errors="replace")

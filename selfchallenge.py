@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from eval import BenchmarkTask, SUITES, SURVIVED, evaluate_policy, format_table, load_suite, setting_of, write_report
 from rl import Episode, Help, Policy, add_training_options, advice_on_memory, append_lines, in_a_sentence
-from rl import is_out_of_memory, load_policy, make_optimizer, natural, positive, prepare, record, rollout
+from rl import load_policy, make_optimizer, natural, positive, prepare, record, rollout
 from rl import rollout_limits, save_adapter, seeded, train, versions
 from tools import AGENT_TOKENS, ENVIRONMENTS, Environment, endpoint_model, make_environment
 from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task
@@ -305,7 +305,8 @@ class Run:
         self.checkpoint = folder / "checkpoint" / "state.pt"
         sizes = {}
         if self.checkpoint.exists():
-            try:
+            advice = "it is damaged, or belongs to another model: start a new run"
+            with in_a_sentence(f"go on from the checkpoint {self.checkpoint}", advice):
                 if ZipFile(self.checkpoint).testzip():  # which torch does not look at
                     raise ValueError("a part of the file has changed")
                 state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
@@ -313,11 +314,6 @@ class Run:
                 self.progress |= state["progress"]
                 optimizer.load_state_dict(state["optimizer"])
                 policy.model.load_state_dict(state["adapter"], strict=False)  # which leaves the base as it is
-            except Exception as error:  # whatever a damaged file makes its readers raise
-                if is_out_of_memory(error):
-                    raise
-                raise ValueError(f"the checkpoint {self.checkpoint} is damaged or belongs to another model; "
-                                 "start a new run") from error
         elif any((folder / name).exists() for name in RECORDS):
             raise ValueError(f"{folder} has lost its checkpoint, so it cannot be continued; start a new run")
         for name, size in sizes.items():
