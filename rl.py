@@ -1083,7 +1083,7 @@ def advice_on_memory(model: str) -> Iterator[None]:
     """Turn an allocation that failed into MemoryError with a sentence that says what to do."""
     try:
         yield
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         size = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 24

@@ -963,7 +963,7 @@ def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int
     except (JailError, ValueError) as error:
         status, problem = 2, str(error)
     except MemoryError as error:
-        status, problem = 2, f"{error or 'the memory does not suffice'}; {hint()}"
+        status, problem = 2, f"{str(error) or 'the memory does not suffice'}; {hint()}"
     except KeyboardInterrupt:
         print(file=sys.stderr)  # to go on below a bar
         status, problem = 130, f"interrupted; {hint()}"

@@ -441,6 +441,13 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, path):
     assert result.stderr.startswith(b"verify.py: ") and result.stderr.count(b"\n") == 1
 
 
+def test_memory_that_does_not_suffice_is_one_sentence(capsys):
+    def work():
+        raise MemoryError  # as Python itself raises it, without a word
+    assert verify.guarded("verify.py", work, lambda: "nothing was begun") == 2
+    assert capsys.readouterr().err == "verify.py: the memory does not suffice; nothing was begun\n"
+
+
 def test_an_empty_file_has_no_verdicts(tmp_path):
     (tmp_path / "tasks.jsonl").touch()
     result = command("tasks.jsonl", cwd=tmp_path)
