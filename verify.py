@@ -826,11 +826,9 @@ def as_answer(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = value.strip()[:ANSWER_CHARACTERS].encode(errors="replace").decode()
-    words = {"True": True, "False": False, "None": None}
-    if text in words:
-        return words[text]
+    words = {"True": "true", "False": "false", "None": "null"}
     try:
-        return as_answer(plain(json.loads(text)))  # text in quotes, too: to do this twice changes nothing
+        return as_answer(plain(json.loads(words.get(text, text))))  # text in quotes, too: twice changes nothing
     except (ValueError, RecursionError):
         return text
 
