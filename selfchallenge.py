@@ -293,7 +293,7 @@ RECORDS = ("tasks.jsonl", "rejected.jsonl", "metrics.jsonl", "trajectories.jsonl
 class Run:
     """A run's folder: lines are appended to its RECORDS, and a checkpoint remembers up to where they count.
 
-    `progress` is plain data: how far each phase has come, and what it has cost. A checkpoint holds it with the
+    `progress` is plain data: what was measured, and what each phase has cost. A checkpoint holds it with the
     adapter's weights, the optimizer's state and the length of every file. To resume is to load it and to cut each file
     back to that length: whatever an interrupted step had begun to write is done again, exactly as before.
     """
@@ -301,7 +301,7 @@ class Run:
     def __init__(self, folder: Path, policy: Policy, optimizer: torch.optim.Optimizer):
         """Go back to the folder's checkpoint, if it has one. Raises ValueError if that is damaged or lost."""
         self.folder, self.policy, self.optimizer = folder, policy, optimizer
-        self.progress = {"challenges": 0, "steps": 0, "results": {}, "wall_s": {}, "memory_bytes": {}}
+        self.progress = {"results": {}, "wall_s": {}, "memory_bytes": {}}
         self.checkpoint = folder / "checkpoint" / "state.pt"
         sizes = {}
         if self.checkpoint.exists():
@@ -397,10 +397,10 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
             raise ValueError(f"no task survived the filter: see {folder / 'rejected.jsonl'}, or raise --challenges")
         shown = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in render_task(tasks[0]))  # for a terminal
         print(f"one that was kept:\n{shown}")
-        for metrics, episodes in train(policy, run.optimizer, jail, tasks, options, first=run.progress["steps"]):
+        steps = len(run.read("metrics.jsonl"))  # that were taken before an interruption
+        for metrics, episodes in train(policy, run.optimizer, jail, tasks, options, first=steps):
             append_lines(folder / "metrics.jsonl", [metrics])
             append_lines(folder / "trajectories.jsonl", episodes)
-            run.progress["steps"] += 1
             run.save("train")
         save_adapter(policy, folder / "adapter")
         measure_phase("after", suites, jail, run, options)
@@ -446,7 +446,7 @@ def challenge(jail: Jail, held_out: list[set[str]], run: Run, options: argparse.
     the filter says, unless it is a held-out one or a duplicate, and nothing is revised: the paper's ablation.
     """
     model, limits = None, rollout_limits(options)
-    begun, total = run.progress["challenges"], options.challenges
+    begun, total = len(run.read("tasks.jsonl") + run.read("rejected.jsonl")), options.challenges
     if options.challenger_endpoint:
         model = endpoint_model(options.challenger_endpoint, options.challenger_model, AGENT_TOKENS)
         limits["context"] = sys.maxsize  # --context is for what is trained on
@@ -465,7 +465,6 @@ def challenge(jail: Jail, held_out: list[set[str]], run: Run, options: argparse.
                 if "stage" not in line:
                     kept.append((line["env"], task_words(line)))
                 append_lines(run.folder / "trajectories.jsonl", [record("challenge", first, episode)])
-            run.progress["challenges"] = attempts.stop
             run.save("challenge")
             bar.set_postfix(kept=f"{len(kept) / attempts.stop:.2f}")
     rejected = Counter(line["stage"] for line in run.read("rejected.jsonl"))
