@@ -668,7 +668,6 @@ class Session(contextlib.AbstractContextManager):
         self.actions = 0  # that were begun
         self.untold: list[list[tuple[bytes, bytes]]] = []  # of each action, messages with their replies
         self.past = hashlib.sha256(b"%d\n" % self.replica)  # of the replica and all messages, for the jail's memory
-        self.remembers = True  # as long as no code mentions time
         if self.channel is not None:
             self.channel.close()
             self.channel = None
@@ -683,7 +682,8 @@ class Session(contextlib.AbstractContextManager):
         """
         if problem := text_problem(code):
             return Outcome("", f"the code {problem}")
-        self.remembers = self.remembers and "time" not in code
+        if "time" in code:
+            self.past.update(os.urandom(16))  # from here on there is no other past like it
         request = {"code": code, "arguments": arguments}
         if not self.actions:
             request["tools"] = list(self.environment.tools) if self.environment else []
@@ -719,7 +719,7 @@ class Session(contextlib.AbstractContextManager):
         """Return the reply to the next message as plain data: from memory, as long as there is no child, or from it."""
         self.past.update(message)
         past, replies = self.past.digest(), self.jail.replies
-        line = replies.get(past) if self.remembers and self.channel is None else None
+        line = replies.get(past) if self.channel is None else None
         if line is not None:
             self.untold[-1].append((message, line))
         else:
@@ -730,7 +730,7 @@ class Session(contextlib.AbstractContextManager):
             data = plain(json.loads(line))
         except (ValueError, RecursionError):
             raise ChildLost(NONSENSE) from None
-        if self.remembers and len(message) + len(line) <= REPLY_BYTES:
+        if len(message) + len(line) <= REPLY_BYTES:
             if len(replies) >= REPLIES:
                 replies.clear()
             replies[past] = line
