@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from functools import partial
 from html import escape
 from keyword import iskeyword
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, stdev
 from string import Template
@@ -394,10 +395,10 @@ def page_parts(run: dict[str, Any], groups: dict[str, list[dict]]) -> dict[str, 
         minutes, memory = sum(seconds.values()) / 60, summary.get("peak_memory_bytes", 0) / 2**30
         state = f"{minutes:.1f} minutes, {memory:.2f} GiB at its peak"
     named = (Path(run["path"]).name, config.get("model", "?"), config.get("seed", "?"), state)
-    counts = summary.get("filter") or {**Counter(str(line.get("stage")) for line in run["rejected"]), "ok": len(tasks)}
+    counts = summary.get("filter") or {**Counter(line["stage"] for line in run["rejected"]), "ok": len(tasks)}
     first, last = (metrics[0], metrics[-1]) if metrics else ({}, {})
     chosen = tasks if len(tasks) <= 6 else [tasks[i * len(tasks) // 6] for i in range(6)]  # spread over the file
-    cards = [card(t.get("instruction"), f"{t.get('env')}, seed {t.get('seed')}", task_parts(t)) for t in chosen]
+    cards = [card(t["instruction"], f"{t['env']}, seed {t['seed']}", task_parts(t)) for t in chosen]
     settings = [(title, "\n".join(f"{name}: {value}" for name, value in values.items()))
                 for title, values in [("options", config), ("versions", summary.get("versions", {}))]]
     return {
@@ -503,8 +504,8 @@ def rejections(rejected: list[dict]) -> str:
     """An example of every kind of rejection, the most frequent first."""
     kinds: dict[str, list[dict]] = {}  # a kind: the same stage, and the same first words but for numbers
     for line in rejected:
-        reason = shorten(str(line.get("reason")).split("\n")[0].rstrip(":"), 80, placeholder=" …")
-        kinds.setdefault(f"{line.get('stage')}: {re.sub('[0-9]+', 'N', reason)}", []).append(line)
+        reason = shorten(line["reason"].split("\n")[0].rstrip(":"), 80, placeholder=" …")
+        kinds.setdefault(f"{line['stage']}: {re.sub('[0-9]+', 'N', reason)}", []).append(line)
     frequent = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
     return "".join(card(kind, f"× {len(lines)}", task_parts(lines[0])) for kind, lines in frequent)
 
@@ -557,25 +558,22 @@ def learning(groups: dict[str, list[dict]]) -> str:
 
 def transcript(t: dict) -> str:
     """An episode: the reward, the tools that were called, and every message."""
-    messages, reward = t.get("messages") or [], t.get("reward")  # a reward of None does not count
+    reward = t["reward"]  # None: it does not count
     verdict = "no reward" if reward is None else f"{'✓' if reward else '✗'} reward {reward:g}"
     mark = fill("<b class={}>{}</b> ", ("c2" if reward else "c1", verdict))
-    greedy, tools = ", greedy" * bool(t.get("greedy")), tools_called(messages) or "none"
-    quiet = f"{t.get('env')}, {t.get('status')}{greedy}; tools: {tools}"
-    parts = ((message.get("role"), message.get("content")) for message in messages)
-    return card(f"{t.get('phase')}: {t.get('instruction')}", quiet, parts, mark)
+    greedy, tools = ", greedy" * t.get("greedy", False), tools_called(t["messages"]) or "none"
+    parts = ((message["role"], message["content"]) for message in t["messages"])
+    return card(f"{t['phase']}: {t['instruction']}", f"{t['env']}, {t['status']}{greedy}; tools: {tools}", parts, mark)
 
 
 def chosen_trajectories(trajectories: list[dict]) -> list[dict]:
     """Of each environment a failure before training and a success at that task after it; of each phase one more."""
-    def task(t: dict) -> tuple:
-        return str(t.get("env")), str(t.get("seed")), str(t.get("instruction"))
-
-    ordered = sorted(trajectories, key=lambda t: (bool(t.get("greedy")), t.get("reward") or 0))  # the best ones last
-    phases = {str(t.get("phase")): t for t in ordered}
-    failures = {task(t): t for t in ordered if t.get("phase") == "before" and not t.get("reward")}
-    solved = [t for t in ordered if t.get("phase") == "after" and t.get("reward") and task(t) in failures]
-    pairs = {str(t.get("env")): [failures[task(t)], t] for t in solved}
+    task = itemgetter("env", "seed", "instruction")
+    ordered = sorted(trajectories, key=lambda t: (t.get("greedy", False), t["reward"] or 0))  # the best ones last
+    phases = {t["phase"]: t for t in ordered}
+    failures = {task(t): t for t in ordered if t["phase"] == "before" and not t["reward"]}
+    solved = [t for t in ordered if t["phase"] == "after" and t["reward"] and task(t) in failures]
+    pairs = {t["env"]: [failures[task(t)], t] for t in solved}
     chosen = [t for pair in pairs.values() for t in pair]
     return chosen + [t for t in phases.values() if t not in chosen]
 
@@ -585,8 +583,8 @@ def tools_called(messages: list[dict]) -> str:
     calls: Counter = Counter()
     for message in messages:
         with suppress(FormatError):  # what cannot be read was not run
-            step = parse_step(str(message.get("content")))
-            if message.get("role") == "assistant" and step.kind == "action":
+            step = parse_step(message["content"])
+            if message["role"] == "assistant" and step.kind == "action":
                 calls.update(re.findall(r"(?<![\w.])(?<!def )[^\W\d]\w*(?=\()", step.content))
     tools = {name: number for name, number in calls.items() if not (hasattr(builtins, name) or iskeyword(name))}
     return ", ".join(name + (f" × {number}" if number > 1 else "") for name, number in tools.items())

@@ -309,7 +309,6 @@ def test_the_tools_that_an_episode_called():
                 said("def own(): pass\nx.join(y)"),
                 {"role": "assistant", "content": "unread() END ACTION"}, {"role": "assistant", "content": "ANSWER: late(1) END ANSWER"}]
     assert evaluation.tools_called(messages) == "amount × 2, add"
-    assert evaluation.tools_called([{}, {"content": None, "role": 3}]) == ""
 
 
 # ---------------------------------------------------------------------------------------------------
