@@ -432,7 +432,7 @@ def measure_phase(phase: str, suites: dict[str, list], jail: Jail, run: Run, opt
         append_lines(path, lines)
         run.save(phase)
 
-    keep([])  # so that there is a checkpoint before there are records
+    run.save(phase)  # a checkpoint comes before the first records
     run.progress["results"][phase] = evaluate_policy(
         run.policy, jail, suites, options.seed, options.trials, phase, finished, keep, **rollout_limits(options))
     run.save(phase)

@@ -7,8 +7,9 @@ runs, the solution passes the evaluation, and no failure case does.
 Departures from the paper, and why:
 - `evaluate(answer)` replaces `<expected_output>`, so that all worlds share one format.
 - Doing nothing must fail as well: a task that asks for nothing rewards every executor.
-- What the filter would keep is judged once more with another random seed, and its solution four times more. `evaluate`
-  must leave the state alone: a verdict that depends on chance, or that brings about what it checks, does not count.
+- What the filter would keep is judged once more, and its solution four times more, each time with another random seed
+  and at another date. `evaluate` must leave the state alone: a verdict that depends on chance, or that brings about what
+  it checks, does not count.
 - The paper does not say how code is isolated. Here the state stays in this process, and code runs in
   a child that can only compute and talk through one pipe: a tool call goes out as data, and its
   result comes back as data. This process alone makes verdicts of values.
@@ -211,7 +212,7 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 #   limits                    eating the memory, filling the disk, computing on after the reply (make_confine)
 #   a filter of system calls  files, network, processes, signals: all but SYSTEM_CALLS is refused (seccomp_program)
 #   nothing to find           no environment variables, no files but the channel, of this project two chapters (inside)
-#   two servers, two seeds    a verdict that follows hashes or chance: what is kept has the same ones again (judge)
+#   servers that differ       a verdict that follows hashes, chance or the date: each of them must say the same (judge)
 #
 # The way of one check: `Session.run` asks a fork server for a child, which has been forked and confined, and sends it
 # the code. Where that calls a tool, the call comes back as data, is executed on the episode's state, and its result is
@@ -243,6 +244,7 @@ def observation(outcome: Outcome) -> str:
 
 MEMORY_BYTES = 256 * 1024 * 1024  # of address space in a child
 PROCESSOR_SECONDS = 60            # in the life of a child; the parent sets a wall deadline to each action
+CLOCK_SECONDS = 11_575 * 86_400 + 7 * 3600 + 31 * 60 + 1  # between two servers: decades, and an odd number of all units
 
 # What code can import: a child cannot open files, so the server imports what a child may need.
 MODULES = """base64 bisect calendar cmath collections.abc copy ctypes dataclasses datetime decimal encodings.ascii
@@ -319,6 +321,7 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
     control, confine, children, server = socket.socket(fileno=descriptor), make_confine(strong), set(), os.getpid()
     sys.path.clear()
     os.environ.clear()
+    put_clock_forward((seed - 1) * CLOCK_SECONDS)
     rehearse()
     sys.modules["__main__"] = types.ModuleType("__main__")  # where model-written code believes to be
     sys.modules["__main__"].ToolError = Refusal
@@ -346,6 +349,16 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
     return channel
 
 
+def put_clock_forward(seconds: int) -> None:
+    """Let code of this process, and so of its children, see another date and time of day."""
+    now, strftime = time.time, time.strftime
+    time.time = lambda: now() + seconds
+    time.time_ns = lambda: int(time.time() * 10**9)
+    for name in ("localtime", "gmtime", "ctime"):
+        setattr(time, name, lambda when=None, given=getattr(time, name): given(time.time() if when is None else when))
+    time.strftime = lambda pattern, when=None: strftime(pattern, when or time.localtime())
+
+
 def fork_child() -> tuple[int, int]:
     """Fork; return the child's pid, in the child itself 0, and this end of the channel between the two."""
     ours, theirs = [side.detach() for side in socket.socketpair()]  # plain descriptors: less for a child to touch
@@ -364,6 +377,7 @@ def end(pid: int) -> None:
 # the life of a child, and data on the pipe (for a second reading)
 
 MESSAGE_BYTES = 1024 * 1024   # in a message on the pipe
+ACTION_BYTES = 4 * MESSAGE_BYTES  # that an action can send: reading them keeps others waiting
 PRINTED_CHARACTERS = 20_000   # kept of the output of an action
 ERROR_CHARACTERS = 1_000      # kept of a traceback, half of them at its beginning
 NESTING = 50                  # levels of lists and dicts in plain data
@@ -509,7 +523,8 @@ NONSENSE = "the code wrote to a pipe that is not its own"
 
 def inside(statement: str) -> list[str]:
     """Return the command of a process that executes the text INSIDE THE JAIL, with what it imports, and a statement."""
-    imports = f"import sys; sys.path.remove(''); import {', '.join(MODULES)}; from typing import Any, Callable"
+    imports = (f"import sys; sys.path.remove(''); sys.modules['_datetime'] = None; import {', '.join(MODULES)}; "
+               "from typing import Any, Callable")  # without the datetime in C, which asks the system for the time
     file = os.path.abspath(__file__)
     text = f"open({file!r}, encoding='utf-8').read().partition('\\n# INSIDE')[2].partition('\\n# OUTSIDE')[0]"
     command = f"{imports}; exec('#' + {text})\n{statement}"
@@ -583,7 +598,7 @@ class ForkServer:
 
 
 class Jail(contextlib.AbstractContextManager):
-    """Where model-written code runs; `seconds` is the wall deadline of an action, and servers differ in their seeds.
+    """Where model-written code runs; `seconds` is the wall deadline of an action, and servers differ in their seeds and clocks.
 
     Raises JailError if the system cannot refuse files, network and processes to the code. `allow_weak`
     accepts that: verdicts cannot be forged in a weak jail either, but the code can do what its user can.
@@ -595,7 +610,7 @@ class Jail(contextlib.AbstractContextManager):
         self.seconds, self.replies = seconds, {}  # of children, by all that they had been sent until then
         known = sys.platform == "linux" and os.uname().machine in MACHINES
         for self.strong in [True] * known + [False] * allow_weak:
-            self.servers = [ForkServer(seed, self.strong) for seed in (1, 2)]
+            self.servers = [ForkServer(seed, self.strong) for seed in range(1, 3 + REPEATS)]
             if all(self.probe().values()) or not self.strong:
                 return
             self.close()
@@ -701,7 +716,7 @@ class Session(contextlib.AbstractContextManager):
     def converse(self, message: bytes) -> Outcome:
         """Send a request, then the result of each tool call that is the reply; return the outcome that is the last."""
         self.actions += 1
-        self.deadline = time.monotonic() + self.jail.seconds
+        self.begin_action()
         if self.channel is None:
             self.untold.append([])  # this action's; should it need a child, its time begins with that: start_child
         for calls in itertools.count(1):
@@ -738,13 +753,17 @@ class Session(contextlib.AbstractContextManager):
 
     def start_child(self) -> None:
         """Start a child, and tell it all that came before; raises ChildLost if it does not reply as remembered."""
-        self.control, self.pid, self.channel = self.jail.servers[self.replica % 2].child()
+        self.control, self.pid, self.channel = self.jail.servers[self.replica % len(self.jail.servers)].child()
         for action in self.untold:  # each has its own time, the last and what is new in it together
-            self.deadline = time.monotonic() + self.jail.seconds
+            self.begin_action()
             for message, remembered in action:
                 if self.exchange(message) != remembered:
                     raise ChildLost("the code does not do the same again")
         self.untold.clear()
+
+    def begin_action(self) -> None:
+        """Give an action its time, and the bytes that it can send."""
+        self.deadline, self.bytes_left = time.monotonic() + self.jail.seconds, ACTION_BYTES
 
     def exchange(self, message: bytes) -> bytes:
         """Return the line with which the child replies; raises ChildLost if it is late, dead, or floods the pipe."""
@@ -756,7 +775,8 @@ class Session(contextlib.AbstractContextManager):
                 self.wait_at_most()
                 piece = self.channel.recv(65_536)
                 line += piece
-                if not piece or len(line) > MESSAGE_BYTES:
+                self.bytes_left -= len(piece)
+                if not piece or len(line) > MESSAGE_BYTES or self.bytes_left < 0:
                     raise ConnectionError("the child has closed the pipe, or floods it")
             return line
         except TimeoutError:
@@ -902,8 +922,8 @@ def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
 def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
     """Return the filter's judgement of a task, or of a line of JSON that should hold one.
 
-    What is to be kept is checked once more by a server with another random seed, and its solution run and evaluated
-    REPEATS times more (what depends on chance, a clock or a process is no task).
+    What is to be kept is checked once more, and its solution run and evaluated REPEATS times more, each time by another
+    server: what depends on chance, the date or a process is no task.
     """
     start, again = time.monotonic(), ""
     try:
@@ -922,13 +942,15 @@ def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
 
 def judge_many(jail: Jail, tasks: Iterable[CodeAsTask | str], workers: int = 4) -> Iterator[Judgement]:
     """Yield the judgement of each task, in the tasks' order; they are read a few ahead and judged side by side."""
-    with ThreadPoolExecutor(workers) as pool:
-        ahead = deque()
+    pool, ahead = ThreadPoolExecutor(workers), deque()
+    try:
         for task in tasks:
             ahead.append(pool.submit(judge, jail, task))
             while ahead and (ahead[0].done() or len(ahead) == 4 * workers):
                 yield ahead.popleft().result()
         yield from (future.result() for future in ahead)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after an interrupt nobody waits for what is ahead
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ work, and in the jail, where it must not. Where it cannot be shown to work, the 
 test an honest check must still pass, and no process, file or descriptor may be left.
 """
 import contextlib
+import datetime
 import json
 import os
 import platform
@@ -55,7 +56,7 @@ def nothing_is_poisoned_or_left(jail):
 
 
 def check_honestly(jail):
-    for replica in (0, 1):
+    for replica in range(len(jail.servers)):
         with jail.session(make_environment("calculator", SEED), replica) as session:
             assert session.run("result = amount('tea')\nprint('tea', result)").printed == f"tea {TEA}\n"
             assert session.run("pass").value == TEA
@@ -767,8 +768,16 @@ def test_a_refusal_that_quotes_a_long_argument_never_harms_the_parent(jail, code
     assert "ToolError" in run(jail, code).error
 
 
+def test_what_an_action_sends_is_bounded_and_the_next_may_send_as_much(jail):
+    """Or one that sends a message of a megabyte after the other keeps this process from reading those of others in time."""
+    calls = "for n in range({}):\n    try: amount('x' * 1_000_000)\n    except ToolError: pass"
+    with jail.session(make_environment("calculator", SEED)) as session:
+        assert [session.run(calls.format(4)).error for _ in range(2)] == [None, None]
+        assert "crashed its process" in session.run(calls.format(5)).error
+
+
 # ---------------------------------------------------------------------------------------------------
-# two servers, two seeds, fresh children: evaluations that are no function of state and answer
+# servers that differ, fresh children: evaluations that are no function of state and answer
 
 
 def says(jail, evaluation, replica=0, times=1):
@@ -795,6 +804,38 @@ def test_an_evaluation_that_draws_lots_is_rejected(jail):
             break
     assert says(jail, evaluation) == says(jail, evaluation) == [True]
     assert "when it was tried again" in judge(jail, task_with(evaluation)).reason
+
+
+def test_what_two_servers_agree_on_by_chance_four_others_may_not(jail):
+    for salt in range(1000):
+        evaluation = f"def evaluate(answer): return answer == 1 and hash('{salt}') % 2 == 0"
+        if [says(jail, evaluation, replica) for replica in range(4)] == [[True], [True], [True], [False]]:
+            break
+    assert "every time" in judge(jail, task_with(evaluation)).reason
+
+
+@pytest.mark.parametrize("holds", [
+    "datetime.date.today().toordinal() % 2 == {day} % 2", "datetime.datetime.now().year < 2050", "time.time_ns() < 3 * 10**18",
+    "int(time.time()) // 86_400 == {day}", "time.localtime().tm_year == {year}", "time.gmtime()[0] == {year}",
+    "time.strftime('%Y') == '{year}'", "time.ctime().endswith('{year}')",
+])
+def test_an_evaluation_that_follows_the_date_is_rejected(jail, holds):
+    day = int(time.time()) // 86_400
+    holds = holds.format(day=datetime.date.today().toordinal() if "toordinal" in holds else day, year=time.gmtime().tm_year)
+    evaluation = f"import datetime, time\ndef evaluate(answer): return answer == 1 and {holds}"
+    assert says(jail, evaluation) == [True]  # on one server it looks like a function
+    assert "when it was tried again" in judge(jail, task_with(evaluation)).reason
+
+
+def test_a_given_time_is_the_same_on_every_server(jail):
+    code = ("import datetime, time\nprint(time.gmtime(0)[:6], time.strftime('%Y', time.gmtime(0)), time.ctime(86_400), "
+            "datetime.datetime(2024, 2, 29) + datetime.timedelta(days=366), datetime.datetime.strptime('3 May 2021', '%d %B %Y').date())")
+    seen = set()
+    for replica in range(len(jail.servers)):
+        with jail.session(None, replica) as session:
+            seen.add(session.run(code).printed)
+    (printed,) = seen
+    assert printed.startswith("(1970, 1, 1, 0, 0, 0) 1970 ") and printed.endswith("2025-03-01 00:00:00 2021-05-03\n")
 
 
 def test_an_evaluation_that_counts_its_calls_begins_anew_each_time(jail):

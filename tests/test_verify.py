@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -385,6 +386,24 @@ def test_a_judgement_does_not_wait_for_tasks_that_are_still_to_come(jail):
         raise AssertionError("the first judgement should have been handed out before this is asked for")
 
     assert next(judge_many(jail, slow())).stage == "parse"
+
+
+def test_whoever_stops_reading_waits_for_nothing_that_is_ahead(monkeypatch):
+    """Such as Ctrl-C: with four times four tasks ahead that loop it would take long."""
+    started, stopped, in_time = threading.Event(), threading.Event(), []
+
+    def slow(jail, task):
+        if task == "first":
+            return started.wait(10)
+        started.set()
+        in_time.append(stopped.wait(3))
+
+    monkeypatch.setattr(verify, "judge", slow)
+    judgements = judge_many(None, ["first"] + ["other"] * 10)
+    assert next(judgements)
+    judgements.close()
+    stopped.set()
+    assert False not in in_time
 
 
 # the command line
