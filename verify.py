@@ -8,8 +8,8 @@ Departures from the paper, and why:
 - `evaluate(answer)` replaces `<expected_output>`, so that all worlds share one format.
 - Doing nothing must fail as well: a task that asks for nothing rewards every executor.
 - What the filter would keep is judged once more, and its solution four times more, each time with another random seed
-  and at another date. `evaluate` must leave the state alone: a verdict that depends on chance, or that brings about what
-  it checks, does not count.
+  and at another date. `evaluate` must leave the state alone: a verdict that depends on chance, or that brings about
+  what it checks, does not count.
 - The paper does not say how code is isolated. Here the state stays in this process, and code runs in
   a child that can only compute and talk through one pipe: a tool call goes out as data, and its
   result comes back as data. This process alone makes verdicts of values.
@@ -598,7 +598,7 @@ class ForkServer:
 
 
 class Jail(contextlib.AbstractContextManager):
-    """Where model-written code runs; `seconds` is the wall deadline of an action, and servers differ in their seeds and clocks.
+    """Where model-written code runs, an action in `seconds` at most. Its servers differ in their seeds and clocks.
 
     Raises JailError if the system cannot refuse files, network and processes to the code. `allow_weak`
     accepts that: verdicts cannot be forged in a weak jail either, but the code can do what its user can.
