@@ -711,16 +711,16 @@ def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[l
     """
     if path is None:
         return [], lambda lines: None
-    head = json.dumps(setting) + "\n"
-    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
-    whole = text[:text.rfind("\n") + 1] or head  # without the half line that a crash may have left
-    if not head.startswith(text[:len(head)]):  # of which a crash may have left a part only
+    head = (json.dumps(setting) + "\n").encode()
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[:content.rfind(b"\n") + 1] or head  # without the half line that a crash may have left
+    if not head.startswith(content[:len(head)]):  # of which a crash may have left a part only
         raise ValueError(f"{str(path)!r} holds the episodes of another evaluation, or of other versions of the "
                          "libraries, or something else: name another file, or delete it to begin anew")
     with in_a_sentence(f"go on from {str(path)!r}", "it is damaged: delete it, or name another, to begin anew"):
         lines = [dict(json.loads(line)) for line in whole.splitlines()[1:]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(whole, encoding="utf-8", errors="surrogateescape")
+    path.write_bytes(whole)
     return lines, partial(append_lines, path)
 
 
