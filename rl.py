@@ -1094,17 +1094,20 @@ def advice_on_memory(model: str) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------
 # the command line: training alone, on a file of tasks (for a second reading)
 
-def natural(text: str) -> int:
+def whole(text: str, least: int) -> int:
     """Return the whole number that an option gives; argparse tells the user what it raises for anything else."""
-    if not text.isdecimal() or int(text) > 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 2**32")
+    if not text.isdecimal() or not least <= int(text) <= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to 2**32")
     return int(text)
 
 
-def positive(text: str) -> int:
-    """The same from 1 on."""
-    if (number := natural(text)) == 0:
-        raise argparse.ArgumentTypeError("it must be at least 1")
+natural, positive = partial(whole, least=0), partial(whole, least=1)
+
+
+def above_zero(text: str) -> float:
+    """Return the number that an option gives, in the same way."""
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError("it must be above 0, and finite")
     return number
 
 
@@ -1113,13 +1116,6 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-
-def above_zero(text: str) -> float:
-    """Return the number that an option gives."""
-    if not 0 < (number := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError("it must be above 0, and finite")
-    return number
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
