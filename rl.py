@@ -61,7 +61,7 @@ from transformers.utils import logging as transformers_logging
 
 from tools import AGENT_TOKENS, ENVIRONMENTS, STOP, TINY, Environment, endpoint_model, load_benchmarks
 from tools import make_environment, open_conversation, spoken
-from verify import CodeAsTask, FormatError, Jail, TaskError, Verdict, add_benchmark_options
+from verify import CodeAsTask, FormatError, Jail, TaskError, Verdict, add_common_options
 from verify import evaluate, guarded, observation, parse_step, read_lines
 
 transformers_logging.disable_progress_bar()
@@ -1137,15 +1137,14 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_rollout_options(parser: argparse.ArgumentParser) -> None:
-    """Add the limits of a rollout, what is to happen where the jail is weak, and who plays users."""
+    """Add the limits of a rollout, who plays users, and the options of all scripts."""
     add = parser.add_argument_group("rollouts").add_argument
     add("--parallel", type=positive, default=192, help="episodes played side by side; fewer need less memory")
     add("--turn-tokens", type=positive, default=176, help="a turn is cut after so many tokens")
     add("--context", type=positive, default=512, help="an episode ends at so many tokens")
-    add("--allow-weak-jail", action="store_true", help="run code even where the jail cannot close files and network")
     add("--user-endpoint", metavar="URL", help="an OpenAI-compatible API whose model plays users (key: OPENAI_API_KEY)")
     add("--user-model", metavar="NAME", help="the model there; without an endpoint the policy's base plays the users")
-    add_benchmark_options(parser)
+    add_common_options(parser)
 
 
 def main() -> int:

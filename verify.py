@@ -996,9 +996,10 @@ def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int
     return status
 
 
-def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name the user's checkouts of the benchmarks."""
-    add = parser.add_argument_group("benchmarks").add_argument
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every script asks of its user: what to do where the jail is weak, and checkouts of the benchmarks."""
+    add = parser.add_argument_group("the jail and the benchmarks").add_argument
+    add("--allow-weak-jail", action="store_true", help="run code even where the jail cannot close files and network")
     add("--m3tooleval", metavar="PATH", help="a checkout of M3ToolEval, for calculation and web")
     add("--tau-bench", metavar="PATH", help="a checkout of TauBench, for retail and airline")
     add("--any-version", action="store_true", help="take the checkouts as they are, whatever their version")
@@ -1009,8 +1010,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False,
                                      description="Judge the tasks in a file: a JSON verdict a line, in its order.")
     parser.add_argument("file", help="a file with a task on each line, such as runs/<name>/tasks.jsonl")
-    parser.add_argument("--allow-weak-jail", action="store_true", help="run the code even where it cannot be confined")
-    add_benchmark_options(parser)
+    add_common_options(parser)
     options = parser.parse_args()
 
     kept: list[bool] = []  # of each line that was judged, whether the filter would keep its task
