@@ -1043,39 +1043,44 @@ def most_parallel(memory: dict[str, float], room: float) -> int:
 
 
 def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
-    """Return the table of what fits on a GPU, with the least time of a step of so many `episodes`, and of the paper's.
+    """Return the table of what fits on a GPU, with a `fit_row` for each of CONTEXTS, and how to read it."""
+    if not 0 < gpu_gb < math.inf:
+        raise PolicyError("--gpu-gb must be the memory of a GPU, such as 24")
+    config, room = shape_of(name), gpu_gb * 2**30 * (1 - KEPT_FREE)
+    with in_a_sentence(f"predict the memory of {name!r}", "its architecture is not one that can be played"):
+        memories = {context: memory_of(config, rank, context) for context in CONTEXTS}
+    rows = [("context", "to train one", "most of it", "cache of one", "side by side", "a step, at least",
+             "800 x 15 rollouts")]
+    rows += [fit_row(config, context, memory, room, episodes) for context, memory in memories.items()]
+    return "\n".join([
+        f"{name}, LoRA of rank {rank}, on {gpu_gb:g} GB, of which {room / 2**30:.1f} GiB are used",
+        *("{:>8} {:>14} {:>12} {:>14} {:>13} {:>17} {:>18}".format(*row) for row in rows),
+        f"The weights take {memories[CONTEXTS[0]]['weights'] / 2**30:.2f} GiB. "
+        "Give --context, --micro-batch-tokens of the same size, and at most so many",
+        "--parallel as are side by side (half of them if the model itself plays users, too). A step:",
+        f"{episodes} episodes (--tasks-per-step x --rollouts), as fast as an RTX 3090 is by its data sheet."])
+
+
+def fit_row(
+    config: PreTrainedConfig, context: int, memory: dict[str, float], room: float, episodes: int
+) -> tuple[str, ...]:
+    """Return the row of a context: what fits into so many bytes, and the least time of a step and of the paper's work.
 
     The times are bounds, not forecasts: to sample, the weights and the caches are read once for each token of every
     slot, half of a context being sampled; to train, a token costs 6 operations a weight (forward, forward again, and
     backward to the adapter, whose own gradient is small). The paper plays 800 tasks 15 times each (section 4).
     """
-    if not 0 < gpu_gb < math.inf:
-        raise PolicyError("--gpu-gb must be the memory of a GPU, such as 24")
-    config, room = shape_of(name), gpu_gb * 2**30 * (1 - KEPT_FREE)
-    row = "{:>8} {:>14} {:>12} {:>14} {:>13} {:>17} {:>18}".format
-    lines = [f"{name}, LoRA of rank {rank}, on {gpu_gb:g} GB, of which {room / 2**30:.1f} GiB are used",
-             row("context", "to train one", "most of it", "cache of one", "side by side", "a step, at least",
-                 "800 x 15 rollouts")]
-    for context in CONTEXTS:
-        with in_a_sentence(f"predict the memory of {name!r}", "its architecture is not one that can be played"):
-            memory = memory_of(config, rank, context)
-        train, cache, parallel = training_bytes(memory), memory["cache"], most_parallel(memory, room)
-        most = max(("weights", "adapter", "checkpoints", "layer", "logits"), key=memory.get)
-        read = memory["weights"] + parallel * cache / 2  # for a token of every slot
-        rollouts = context / 2 / max(parallel, 1) * read / RTX_3090[0]  # seconds of each
-        step = episodes * (rollouts + context * 6 * memory["parameters"] / RTX_3090[1])
-        times = [f"{step / 60:.1f} min", f"{12_000 * rollouts / 3600:.0f} h"]
-        if context > longest_context(config):
-            times = ["beyond the model", "-"]
-        elif not parallel or train > room:
-            times = ["does not fit", "-"]
-        lines.append(row(f"{context:,}", f"{train / 2**30:.2f} GiB", most, f"{cache / 2**30:.2f} GiB", f"{parallel:,}",
-                         *times))
-    weights = f"The weights take {memory['weights'] / 2**30:.2f} GiB."
-    lines += [f"{weights} Give --context, --micro-batch-tokens of the same size, and at most so many",
-              "--parallel as are side by side (half of them if the model itself plays users, too). A step:",
-              f"{episodes} episodes (--tasks-per-step x --rollouts), as fast as an RTX 3090 is by its data sheet."]
-    return "\n".join(lines)
+    train, cache, parallel = training_bytes(memory), memory["cache"], most_parallel(memory, room)
+    most = max(("weights", "adapter", "checkpoints", "layer", "logits"), key=memory.get)
+    read = memory["weights"] + parallel * cache / 2  # for a token of every slot
+    rollouts = context / 2 / max(parallel, 1) * read / RTX_3090[0]  # seconds of each
+    step = episodes * (rollouts + context * 6 * memory["parameters"] / RTX_3090[1])
+    times = f"{step / 60:.1f} min", f"{12_000 * rollouts / 3600:.0f} h"
+    if context > longest_context(config):
+        times = "beyond the model", "-"
+    elif not parallel or train > room:
+        times = "does not fit", "-"
+    return f"{context:,}", f"{train / 2**30:.2f} GiB", most, f"{cache / 2**30:.2f} GiB", f"{parallel:,}", *times
 
 
 @contextmanager
