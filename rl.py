@@ -124,10 +124,11 @@ def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, see
     advice = "give the folder or hub name of another; a gated one needs its licence accepted there, then: hf auth login"
     with in_a_sentence(f"load the model {name!r}", advice):
         tokenizer = AutoTokenizer.from_pretrained(path)
-        base = load_base(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     if tokenizer.chat_template is None:
         raise PolicyError(f"the model {name!r} has no chat template: use an instruction-tuned model")
-    check_template(tokenizer)
+    check_template(tokenizer)  # before gigabytes of weights are downloaded
+    with in_a_sentence(f"load the model {name!r}", advice):
+        base = load_base(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     with in_a_sentence(f"find where the turns of {name!r} end", advice):  # without a vocabulary, for instance
         stops = stop_tokens(base, tokenizer)
     policy = Policy(attach_adapter(base, adapter, rank, seed).train(), tokenizer, stops)

@@ -445,13 +445,13 @@ def challenge(jail: Jail, held_out: list[set[str]], run: Run, options: argparse.
     rejected.jsonl with the stage and the reason. With options.filter off, every task that can be read is kept, whatever
     the filter says, unless it is a held-out one or a duplicate, and nothing is revised: the paper's ablation.
     """
-    model, limits = None, rollout_limits(options)
-    begun, total = len(run.read("tasks.jsonl") + run.read("rejected.jsonl")), options.challenges
+    model, limits, total = None, rollout_limits(options), options.challenges
     if options.challenger_endpoint:
         model = endpoint_model(options.challenger_endpoint, options.challenger_model, AGENT_TOKENS)
         limits["context"] = sys.maxsize  # --context is for what is trained on
     revisions = options.revisions if options.filter else 0
     kept = [(task["env"], task_words(task)) for task in run.read("tasks.jsonl")]
+    begun = len(kept) + len(run.read("rejected.jsonl"))
     with tqdm(total=total, initial=begun, desc="challenge", unit="attempt", dynamic_ncols=True) as bar:
         for first in range(begun, total, options.parallel):
             attempts = range(first, min(first + options.parallel, total))

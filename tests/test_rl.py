@@ -702,7 +702,8 @@ def test_any_chat_model_plays_learns_and_is_saved(another, tmp_path):
     ("{{ raise_exception('System role not supported') }}", "System role not supported"),
     (None, "no chat template"),
 ], ids=["drops turns", "drops thoughts", "opens a thought", "moves the system", "ignores all", "names a channel", "no system", "none"])
-def test_a_template_that_cannot_be_used_is_one_sentence(tmp_path, template, reason):
+def test_a_template_that_cannot_be_used_is_one_sentence_before_weights_are_loaded(tmp_path, monkeypatch, template, reason):
+    monkeypatch.setattr(rl, "load_base", lambda *_: pytest.fail("the weights are loaded"))
     config, _, special, end = MODELS["Qwen-like"]
     folder = model_folder(tmp_path / "model", config, template, special, end)
     (folder / "chat_template.jinja").unlink(missing_ok=template is None)
