@@ -244,7 +244,7 @@ def observation(outcome: Outcome) -> str:
 
 MEMORY_BYTES = 256 * 1024 * 1024  # of address space in a child
 PROCESSOR_SECONDS = 60            # in the life of a child; the parent sets a wall deadline to each action
-CLOCK_SECONDS = 11_575 * 86_400 + 7 * 3600 + 31 * 60 + 1  # between two servers: decades, and an odd number of all units
+CLOCK_SECONDS = 11_575 * 86_400 + 7 * 3600 + 31 * 60 + 1  # by which clocks differ: decades, and odd in every unit
 
 # What code can import: a child cannot open files, so the server imports what a child may need.
 MODULES = """base64 bisect calendar cmath collections.abc copy ctypes dataclasses datetime decimal encodings.ascii
@@ -321,7 +321,7 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
     control, confine, children, server = socket.socket(fileno=descriptor), make_confine(strong), set(), os.getpid()
     sys.path.clear()
     os.environ.clear()
-    put_clock_forward((seed - 1) * CLOCK_SECONDS)
+    set_clock((seed - 1) * (-1)**(seed - 1) * CLOCK_SECONDS)  # into the future, or the past
     rehearse()
     sys.modules["__main__"] = types.ModuleType("__main__")  # where model-written code believes to be
     sys.modules["__main__"].ToolError = Refusal
@@ -349,11 +349,11 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
     return channel
 
 
-def put_clock_forward(seconds: int) -> None:
-    """Let code of this process, and so of its children, see another date and time of day."""
-    now, strftime = time.time, time.strftime
-    time.time = lambda: now() + seconds
-    time.time_ns = lambda: int(time.time() * 10**9)
+def set_clock(ahead: int) -> None:
+    """Let code of this process, and so of its children, see the date and the time of so many seconds ahead."""
+    now, now_ns, strftime = time.time, time.time_ns, time.strftime
+    time.time = lambda: now() + ahead
+    time.time_ns = lambda: now_ns() + ahead * 10**9
     for name in ("localtime", "gmtime", "ctime"):
         setattr(time, name, lambda when=None, given=getattr(time, name): given(time.time() if when is None else when))
     time.strftime = lambda pattern, when=None: strftime(pattern, when or time.localtime())
@@ -957,10 +957,10 @@ def judge_many(jail: Jail, tasks: Iterable[CodeAsTask | str], workers: int = 4) 
 # the command line (for a second reading)
 
 def read_lines(path: str) -> Iterator[str]:
-    """Yield the lines of a file, each of which is cut where it is longer than LINE_CHARACTERS."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+    """Yield the lines of a file, without a mark of UTF-8, cut where they are longer than LINE_CHARACTERS."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for line in file:
-            yield line[:LINE_CHARACTERS + 1]
+            yield line.removeprefix("\ufeff")[:LINE_CHARACTERS + 1]
 
 
 def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int:

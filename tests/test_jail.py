@@ -815,7 +815,7 @@ def test_what_two_servers_agree_on_by_chance_four_others_may_not(jail):
 
 
 @pytest.mark.parametrize("holds", [
-    "datetime.date.today().toordinal() % 2 == {day} % 2", "datetime.datetime.now().year < 2050", "time.time_ns() < 3 * 10**18",
+    "datetime.date.today().toordinal() % 2 == {day} % 2", "datetime.date.today().year >= 2024", "datetime.datetime.now().timestamp() < 4e9", "time.time() > 1.7e9",
     "int(time.time()) // 86_400 == {day}", "time.localtime().tm_year == {year}", "time.gmtime()[0] == {year}",
     "time.strftime('%Y') == '{year}'", "time.ctime().endswith('{year}')",
 ])

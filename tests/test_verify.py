@@ -415,7 +415,7 @@ def command(*arguments, **options):
 
 def test_the_command_line_judges_every_line_whatever_the_others_are(tmp_path):
     lines = [line.encode() for line in (SHOP.to_json(), "no task", CALCULATOR.to_json(), "", REJECTED["everything passes"][0].to_json())]
-    lines[0] = b"\xef\xbb\xbf" + lines[0]  # as some editors begin a file
+    lines[0], lines[2] = (b"\xef\xbb\xbf" + lines[n] for n in (0, 2))  # as some editors begin a file, and two of them in one
     lines += [b"\xff\xfe\x00", b'{"env": "' + b"x" * 3 * LINE_CHARACTERS + b'"}', SHOP.to_json().encode()]
     lines += [SHOP.to_json().encode() + "\u3000".encode() * LINE_CHARACTERS, SHOP.to_json().encode() + b" " * LINE_CHARACTERS + b"no task"]
     (tmp_path / "tasks.jsonl").write_bytes(b"\n".join(lines))
