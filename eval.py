@@ -275,7 +275,7 @@ def result_rows(before: dict[str, dict], after: dict[str, dict] | None = None) -
     """Return the table's rows: one a suite, or one before and one after training, each followed by its groups."""
     phases = {"": before} if after is None else {" before": before, " after": after}
     named = []
-    for suite in {**before, **(after or {})}:
+    for suite in before:
         for when, results in phases.items():
             if suite in results:
                 failed = results[suite].get("user_failed")
@@ -446,7 +446,7 @@ def bars(rows: Iterable[tuple[str, str, float, float, str]]) -> str:
 
 def phase_bars(values: dict[str, float], unit: float, pattern: str) -> str:
     """Bars of what each phase took, the longest of which is full."""
-    most = max(values.values(), default=0) or 1
+    most = max(values.values(), default=1)
     return bars(("c2", phase, value / most, 0, pattern.format(value / unit)) for phase, value in values.items())
 
 
@@ -571,7 +571,7 @@ def chosen_trajectories(trajectories: list[dict]) -> list[dict]:
     task = itemgetter("env", "seed", "instruction")
     ordered = sorted(trajectories, key=lambda t: (t.get("greedy", False), t["reward"] or 0))  # the best ones last
     phases = {t["phase"]: t for t in ordered}
-    failures = {task(t): t for t in ordered if t["phase"] == "before" and not t["reward"]}
+    failures = {task(t): t for t in ordered if t["phase"] == "before" and t["reward"] == 0}
     solved = [t for t in ordered if t["phase"] == "after" and t["reward"] and task(t) in failures]
     pairs = {t["env"]: [failures[task(t)], t] for t in solved}
     chosen = [t for pair in pairs.values() for t in pair]

@@ -581,7 +581,7 @@ def feed(policy: Policy, cache: "SlotCache", slots: list[Trajectory]) -> None:
     Of rollouts that share a prompt one is fed with it; the others get a copy of its part of the cache. A pass is
     bounded in tokens, and in rows times columns, of which attention may make copies: a long prompt goes in pieces.
     """
-    lacking = {slot: t.tokens[t.fed:-1] for slot, t in enumerate(slots) if t.text is None and len(t.tokens) > t.fed + 1}
+    lacking = {slot: t.tokens[t.fed:-1] for slot, t in enumerate(slots) if len(t.tokens) > t.fed + 1}
     if not lacking:
         return
     holders = {t.prompt: slot for slot, t in enumerate(slots) if t.fed}  # of prompts that the cache holds, or will soon

@@ -212,7 +212,7 @@ class Challenger(Episode):
     def __init__(self, jail: Jail, env: str, seed: int, revisions: int = 1):
         super().__init__(jail, env, seed)
         self.revisions = revisions
-        self.submissions: list[tuple[CodeAsTask | None, Judgement]] = []
+        self.submissions: list[tuple[CodeAsTask | str, Judgement]] = []  # the text of what is no task
         self.messages = [{"role": "system", "content": challenger_prompt(self.environment)},
                          {"role": "user", "content": self.environment.starting_point()}]
 
@@ -222,7 +222,7 @@ class Challenger(Episode):
             task = parse_task(content, self.env, self.seed)
             judgement = judge(self.jail, task)
         except TaskError as error:
-            task, judgement = None, Judgement(False, "parse", str(error), 0.0)
+            task, judgement = content, Judgement(False, "parse", str(error), 0.0)
         self.submissions.append((task, judgement))
         self.reward, self.status = float(judgement.ok), judgement.stage
         if judgement.ok or len(self.submissions) > self.revisions:
@@ -483,8 +483,8 @@ def sort_out(episode: Challenger, kept: list[tuple[str, set[str]]], held_out: li
     if not episode.submissions:
         return {**place, "stage": "parse", "reason": f"no task was handed in: {episode.status}"}
     task, judgement = episode.submissions[-1]
-    if task is None:
-        return {**place, "stage": "parse", "reason": judgement.reason, "text": episode.messages[-1]["content"]}
+    if isinstance(task, str):
+        return {**place, "stage": "parse", "reason": judgement.reason, "text": task}
     told = {**vars(task), "instruction": make_environment(task.env, task.seed).as_told(task.instruction)}
     its_words = task_words(told)
     if leaks(f"{told['instruction']} {task.instruction}", held_out):  # the second has what the first withholds

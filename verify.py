@@ -495,10 +495,8 @@ def plain(value: Any, nesting: int = NESTING) -> Any:
         return value
     if isinstance(value, str):
         return value.encode().decode()  # raises for half a surrogate pair, which no file could hold
-    if isinstance(value, int) and abs(value) < LARGEST:
-        return int(value)
-    if isinstance(value, float) and abs(value) < LARGEST:
-        return float(value)
+    if isinstance(value, (int, float)) and abs(value) < LARGEST:
+        return value
     if isinstance(value, (list, tuple)) and nesting:
         return [plain(item, nesting - 1) for item in value]
     if isinstance(value, dict) and nesting and all(isinstance(key, str) for key in value):

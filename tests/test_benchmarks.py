@@ -14,6 +14,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ import rl  # noqa: E402
 import selfchallenge  # noqa: E402
 import tools  # noqa: E402
 from stand_ins import make_m3tooleval, make_tau_bench  # noqa: E402
+from test_selfchallenge import KEPT, handed_in  # noqa: E402
 from tools import Airline, BenchmarkError, Calculation, M3ToolEval, Retail, TauBench, ToolError, WebBrowsing  # noqa: E402
 from verify import CodeAsTask, Jail, judge, parse_task  # noqa: E402
 
@@ -694,3 +696,56 @@ def test_the_script_prints_results_with_their_setting(tmp_path):
     assert "needs a checkout of TauBench" in script("eval", "--suite", "retail", "--policy", "nothing", folder=tmp_path, expect=2)[1]
     assert "no checkout of M3ToolEval" in script("eval", "--suite", "web", "--m3tooleval", tmp_path, folder=tmp_path, expect=2)[1]
     assert "raise it" in script("eval", "--suite", "retail", "--tau-bench", tau, "--any-version", "--context", 10, folder=tmp_path, expect=2)[1]
+
+
+# ---------------------------------------------------------------------------------------------------
+# checks and tools, case by case
+
+@pytest.mark.parametrize("answer, expected, said", [
+    ([1.5], [1.5, 3.0], False), ([1.5, 3.0, 4], [1.5, 3.0], False), ((1.5, "Tea"), ["1.5", "tea"], True), ("1.5, 3", [1.5, 3.0], False),
+    ({"a": "1.001", "b": "X"}, {"b": "x", "a": 1}, True), ({"a": 1}, {"a": 1, "b": 2}, False), ({"a": 1, "b": 2}, {"a": 1}, False), ("{}", {"a": 1}, False),
+    (True, 1, False), ("True", 1, False), (1, True, False), (1_000_000.4, 1_000_000, False)])
+def test_what_is_alike(answer, expected, said):
+    assert tools.alike(answer, expected) is said
+
+
+@pytest.mark.parametrize("expression, value", [("7 % 4", 3), ("7 - 4 - 1", 2), ("7 / 2", 3.5), ("7 // 2", 3), ("+3", 3), ("-(2 + 3) * 4", -20), ("1e3", 1000)])
+def test_arithmetic_by_hand(expression, value):
+    assert tools.arithmetic(expression) == value
+
+
+def test_a_tuple_may_be_answered_as_a_list(checkouts, monkeypatch):
+    given = []
+    task = SimpleNamespace(expected_output=("a", 1), check_answer=lambda answer: given.append(answer) or answer == "('a', 1)")
+    monkeypatch.setattr(Calculation, "held_out", [task])
+    assert Calculation(0).passes(0, ["a", 1]) and Calculation(0).passes(0, '["a", 1]') and given == ["('a', 1)"] * 2
+
+
+def test_outputs_may_be_said_with_commas(checkouts, monkeypatch):
+    task = SimpleNamespace(actions=[], outputs=["1234.5"])
+    monkeypatch.setattr(Retail, "held_out", [task])
+    monkeypatch.setattr(Retail, "reference_digest", lambda self, number: self.digest())
+    assert Retail(0).passes(0, ["It is $1,234.5."])
+
+
+def test_a_database_that_is_reset_is_as_it_was(checkouts):
+    environment = Retail(0)
+    environment.call("cancel_order", ["#W0000001"], {})
+    environment.call("transfer_to_human_agents", ["x"], {})
+    environment.reset(0)
+    assert environment.state == Retail(0).state and not environment.over
+
+
+def test_the_calculator_of_tau_bench_rounds(checkouts):
+    assert Retail(0).call("calculate", ["10 / 3"], {}) == 3.33
+
+
+def test_a_held_out_task_of_a_benchmark_leaks_as_it_was_written_and_as_it_is_told(checkouts):
+    def stage(held_out: str, instruction: str) -> str | None:
+        task = retail_task(instruction=instruction)
+        return selfchallenge.sort_out(handed_in(task, KEPT), [], [selfchallenge.about(evaluation.BenchmarkTask("retail", 0, held_out, 0, ""))], filtered=True).get("stage")
+
+    user = {"ada_1": "Ada", "bob_2": "Bob"}[Retail(0).user]
+    assert stage("Cancel #W0000001.", "Cancel #W0000001.") == "held-out"  # whose number the executor is not told
+    assert stage(f"You are {user} Stone: cancel it.", "Cancel it.") == "held-out"  # whose name it is told
+    assert stage(f"{user} wants 5.", f"{user} has 5.") is None  # every word counts, not only what the database holds

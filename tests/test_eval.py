@@ -1,4 +1,5 @@
 """What eval.py promises: metrics equal to their definitions, sound suites, and a report that shows all text as text."""
+import dataclasses
 import io
 import itertools
 import json
@@ -8,6 +9,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -283,6 +285,9 @@ def test_transcripts_show_a_task_that_training_has_solved():
     learnt = [episode("before", 4, 0.0), episode("after", 4, 1.0)]
     assert evaluation.chosen_trajectories([*always, *sampled, *never, *learnt])[:2] == learnt
     assert evaluation.chosen_trajectories([*always, *sampled, *never])[:2] == sampled
+    assert evaluation.chosen_trajectories([*learnt, *sampled])[:2] == learnt  # what is greedy is shown rather
+    uncounted = [dict(before, reward=None) for before in learnt[:1]] + learnt[1:]
+    assert evaluation.chosen_trajectories([*uncounted, *sampled])[:2] == sampled
     assert evaluation.chosen_trajectories(always) == always
 
 
@@ -511,3 +516,80 @@ def test_report_is_rebuilt_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", "--report", str(tmp_path)])
     assert evaluation.main() == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+
+
+# ---------------------------------------------------------------------------------------------------
+# an evaluation's waves, and runs that are not finished
+
+@pytest.fixture
+def waves(monkeypatch):
+    """Return a list of what `rollout` is given; in its place the first two trials of every second task succeed, and greedy ones of the first."""
+    seen, trials = [], {}
+
+    def rollout(policy, episodes, generator, temperature, parallel, **limits):
+        seen.append((temperature, len(episodes), torch.rand(1, generator=generator).item(), limits))
+        for episode in episodes:
+            place = episode.env, episode.task.instruction, temperature
+            trial = trials[place] = trials.get(place, -1) + 1
+            number = int(episode.task.instruction)
+            episode.reward, episode.status = float(number % 2 == 0 and trial < 2 if temperature else number == 0), "answered"
+    monkeypatch.setattr(evaluation, "rollout", rollout)
+    return seen
+
+
+def numbered(suite, size):
+    return [dataclasses.replace(task, instruction=str(number)) for number, task in enumerate(evaluation.load_suite(suite)[:size])]
+
+
+def test_trials_are_sampled_and_then_played_greedily_and_counted_by_task(jail, waves):
+    suites = {name: numbered(name, 3) for name in ("shop", "calculator")}
+    policy = SimpleNamespace(device="cpu")
+    records = []
+    results = evaluation.evaluate_policy(policy, jail, suites, seed=1, parallel=6, turn_tokens=9, write=records.extend)
+    assert [wave[:2] for wave in waves] == [(1.0, 6), (1.0, 6), (0.0, 3)] * 2 and {wave[3]["turn_tokens"] for wave in waves} == {9}
+    assert len({wave[2] for wave in waves if wave[0]}) == 4  # neither waves nor suites draw alike
+    for numbers in results.values():
+        assert [numbers[name] for name in ("pass@1", "pass@4", "pass^4", "greedy")] == pytest.approx([1 / 3, 2 / 3, 0, 1 / 3])
+    first = [wave[2] for wave in waves]
+    waves.clear()
+    evaluation.evaluate_policy(policy, jail, suites, seed=2, parallel=6)
+    assert not {wave[2] for wave in waves} & set(first)
+    waves.clear()
+    shop = [record for record in records if record["env"] == "shop"]
+    evaluation.evaluate_policy(policy, jail, suites, seed=1, parallel=6, finished=shop)
+    assert len(waves) == 3  # those of the other suite
+
+
+def test_what_does_not_count_leaves_the_number_of_tasks_and_enters_no_estimate():
+    nan = math.nan
+    numbers = evaluation.summarize(torch.tensor([[1, 0, 0, 1, nan], [1, 1, 1, nan, nan], [nan] * 5]), torch.tensor([1, nan, 0]))
+    assert numbers["n"] == 3 and numbers["user_failed"] == 9 and numbers["pass@1"] == 0.75 and numbers["greedy"] == 0.5
+    assert (numbers["pass@4"], numbers["pass^4"]) == (1, 0)  # of the first task alone
+
+
+def test_a_transcript_without_a_reward_is_shown_and_is_no_failure_that_training_mended(tmp_path):
+    made_up_run(tmp_path, "words")
+    with open(tmp_path / "trajectories.jsonl", "a") as file:
+        file.write(json.dumps({"phase": "failed user", "env": "shop", "seed": 0, "instruction": "?", "status": "user failed", "reward": None, "messages": []}) + "\n")
+    assert "no reward failed user" in Page(evaluation.write_report(tmp_path)).text
+
+
+def test_the_report_of_a_run_that_is_not_finished_counts_its_files(tmp_path):
+    made_up_run(tmp_path, "words")
+    (tmp_path / "summary.json").unlink()
+    tasks = [json.dumps({"env": "shop", "seed": 0, "instruction": f"task {number}.", "evaluate": "e", "solution": "s", "failures": []}) + "\n" for number in range(12)]
+    (tmp_path / "tasks.jsonl").write_text("".join(tasks))
+    rejected = [{"stage": "runs", "reason": f"line {number}"} for number in range(3)] + [{"stage": "parse", "reason": "no tags"}]
+    (tmp_path / "rejected.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rejected))
+    text = Page(evaluation.write_report(tmp_path)).text
+    assert "attempts16" in text.replace("\n", "") and "15 (94%)" in text and "12 (75%)" in text
+    assert [number for number in range(12) if f"task {number}." in text] == [0, 2, 4, 6, 8, 10]
+    assert text.index("runs: line N × 3") < text.index("parse: no tags × 1")
+    assert "reward 0 → 0.75" in text
+
+
+def test_an_evaluation_goes_on_with_the_same_setting_only(tmp_path):
+    options = SimpleNamespace(policy="p", adapter="a", seed=1, trials=4, turn_tokens=9, context=99, airline="paper", user_endpoint=None)
+    for name in ("policy", "adapter", "seed", "trials", "turn_tokens", "context", "airline"):
+        other = SimpleNamespace(**vars(options) | {name: "other"})
+        assert evaluation.setting_of(options) != evaluation.setting_of(other), name

@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -1131,3 +1132,29 @@ def test_ten_thousand_mixed_checks_leave_no_process_no_file_and_no_descriptor(ja
     for folder, before in folders.items():
         assert set(os.listdir(folder)) <= before, folder
     assert not any(os.path.exists(f"{folder}/left-by-the-soak") for folder in ("/tmp", "/dev/shm"))  # which others use, too
+
+
+def test_what_a_child_does_not_read_is_not_sent_for_ever(jail):
+    forged = json.dumps({"printed": "", "error": None, "value": None}) + "\n"
+    code = f"import os\nfor fd in range(3, 16):\n    try: os.write(fd, {forged.encode()!r})\n    except OSError: pass\nwhile True: pass"
+    with jail.session(None) as session:
+        assert session.run(code).error is None
+        assert "took longer" in session.run("#" + "\U0001f600" * 60_000).error  # more than fits into the pipe
+
+
+def test_a_result_that_is_too_much_or_no_data_is_a_refusal(jail):
+    world = make_environment("calculator", 3)
+    world.tools = {"twice": lambda environment, text: text * 2, "group": lambda environment, text: {text}}
+    with jail.session(world) as session:
+        assert "ToolError: the result of twice cannot reach the code" in session.run("twice('x' * 600_000)").error
+        assert "ToolError: the result of group cannot reach the code" in session.run("group('x')").error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_the_limits_of_a_child_are_those_of_the_kernel_too(jail):
+    with jail.session(None) as session:
+        session.run("pass")
+        limits, status = (Path(f"/proc/{session.pid}/{name}").read_text() for name in ("limits", "status"))
+    for name, most in [("open files", 16), ("file size", 0), ("core file size", 0), ("address space", 256 * 2**20), ("cpu time", 60)]:
+        assert re.search(rf"Max {name} +{most} +{most} ", limits), limits
+    assert "NoNewPrivs:\t1" in status and (not jail.strong or "Seccomp:\t2" in status)

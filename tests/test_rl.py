@@ -41,7 +41,7 @@ from rl import (
     seeded,
     trajectory_logprobs,
 )
-from verify import CodeAsTask, Jail, JailError
+from verify import CodeAsTask, Jail, JailError, Verdict
 
 
 @pytest.fixture(scope="module")
@@ -997,3 +997,167 @@ def test_a_lack_of_memory_ends_in_advice():
         torch.empty(2**60)
     with pytest.raises(RuntimeError, match="another"), rl.advice_on_memory("some-model"):
         raise RuntimeError("another error")
+
+
+# ---------------------------------------------------------------------------------------------------
+# what a step of training is made of
+
+def steps_of(monkeypatch, policy, jail, tasks, rewards, **options):
+    """What each step of training plays and learns, where the rollouts have these rewards: (seeds, limits, draw, advantage, options of the step)."""
+    seen = []
+
+    def rollout(policy, episodes, generator, **limits):
+        for episode, reward in zip(episodes, rewards):
+            episode.reward = float(reward)
+        seen.append(([e.seed for e in episodes], limits, torch.rand(1, generator=generator).item()))
+        return some_trajectories(len(episodes))
+
+    def step(policy, optimizer, trajectories, advantage, **given):
+        seen[-1] += advantage.tolist(), given
+        return {"loss": 0.0, "mismatch_kl": 0.0}
+
+    monkeypatch.setattr(rl, "rollout", rollout)
+    monkeypatch.setattr(rl, "reinforce_step", step)
+    monkeypatch.setattr(rl, "endpoint_model", lambda *_: len)
+    metrics = [metrics for metrics, _ in rl.train(policy, None, jail, tasks, training_options(**options))]
+    return seen, metrics
+
+
+TASKS = [dataclasses.replace(TASK, seed=seed) for seed in range(8)]
+
+
+def test_a_step_plays_each_of_its_tasks_so_often_and_compares_rollouts_of_one_task(policy, jail, monkeypatch):
+    options = dict(tasks_per_step=2, rollouts=3, importance_cap=2.0, micro_batch_tokens=77, turn_tokens=11, context=333, parallel=5)
+    ((seeds, limits, _, advantage, given),), (metrics,) = steps_of(monkeypatch, policy, jail, TASKS, [1, 0, 0, 1, 1, 1], **options)
+    assert seeds[0] == seeds[1] == seeds[2] != seeds[3] == seeds[4] == seeds[5]
+    assert advantage == [1, -0.5, -0.5, 0, 0, 0] and (metrics["reward"], metrics["signal"]) == (pytest.approx(4 / 6), 0.5)
+    assert given == {"micro_batch_tokens": 77, "importance_cap": 2.0}
+    assert {name: limits[name] for name in ("parallel", "turn_tokens", "context", "model")} == {
+        "parallel": 5, "turn_tokens": 11, "context": 333, "model": None}
+    assert steps_of(monkeypatch, policy, jail, TASKS, [1, 0, 0], rollouts=3, baseline="none")[0][0][3] == [1, 0, 0]
+
+
+def test_what_a_step_draws_depends_on_the_seed_and_the_step(policy, jail, monkeypatch):
+    plays = [tuple(seeds) + (draw,) for seed in (0, 1) for seeds, _, draw, *_ in
+             steps_of(monkeypatch, policy, jail, TASKS, [0] * 8, seed=seed, steps=2, tasks_per_step=4)[0]]
+    assert len({play[:-1] for play in plays}) == len({play[-1] for play in plays}) == 4
+    assert steps_of(monkeypatch, policy, jail, TASKS[:3], [0] * 6, tasks_per_step=4)[0][0][0] != []  # there are no more
+
+
+def test_a_teacher_that_failed_is_not_imitated_and_nothing_of_it_is_weighed(policy, jail, monkeypatch):
+    ((*_, advantage, given),), (metrics,) = steps_of(monkeypatch, policy, jail, TASKS, [1, math.nan, 0], rollouts=3, importance_cap=2.0,
+                                                     teacher_endpoint="there", teacher_model="t")
+    assert advantage == [1, 0, 1] and given["importance_cap"] is None and "mismatch_kl" not in metrics
+    _, (metrics,) = steps_of(monkeypatch, policy, jail, TASKS, [math.nan] * 2)
+    assert metrics["reward"] == 0
+
+
+def test_a_gradient_is_cut_to_its_norm(policy):
+    weights = [p for p in policy.model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in weights]
+    figures = rl.reinforce_step(policy, torch.optim.SGD(weights, lr=1.0), some_trajectories(2), torch.tensor([1.0, 1.0]), max_norm=0.01)
+    moved = math.sqrt(sum((p.detach() - old).square().sum().item() for p, old in zip(weights, before)))
+    assert figures["gradient_norm"] > 0.02 and moved == pytest.approx(0.01, rel=1e-3)
+    with torch.no_grad():
+        for p, old in zip(weights, before):
+            p.copy_(old)
+
+
+# ---------------------------------------------------------------------------------------------------
+# turns, slots and limits, where they are close
+
+def test_any_of_the_stop_tokens_ends_a_turn_and_is_no_part_of_its_text(policy):
+    (t,) = rollout(policy, [Script(1)], seeded(policy.device, 2), temperature=0, turn_tokens=8)
+    start = t.mask.index(True)
+    stop = next(token for token in t.tokens[start + 1:] if token not in t.tokens[start:start + 1])
+    end = t.tokens.index(stop, start) + 1
+    other = dataclasses.replace(policy, stop_ids=frozenset([stop]))
+    (cut,) = rollout(other, [Script(1)], seeded(policy.device, 2), temperature=0, turn_tokens=8)
+    assert cut.tokens == t.tokens[:end]
+    assert cut.episode.messages[-1]["content"] == policy.tokenizer.decode(t.tokens[start:end - 1], skip_special_tokens=True)
+
+
+def test_an_end_of_turn_that_is_no_special_token_does_not_stop_the_agent(policy, monkeypatch):
+    monkeypatch.setattr(policy.tokenizer, "chat_template", "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
+    base = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[7, 8]))
+    assert rl.stop_tokens(base, policy.tokenizer) == {7, 8, policy.tokenizer.eos_token_id}
+
+
+def test_special_tokens_that_another_model_writes_end_no_turn(policy):
+    (t,) = rollout(policy, [Script(1)], seeded(policy.device, 0), model=lambda _: ["one <|end|> two"])
+    assert sum(token in policy.stop_ids for token, sampled in zip(t.tokens, t.mask) if sampled) == 1 and t.tokens[-1] in policy.stop_ids
+
+
+def test_no_episode_is_none_that_failed(policy):
+    assert rollout(policy, [], seeded(policy.device, 0), model=len) == []
+
+
+def test_an_observation_that_leaves_no_room_for_a_token_ends_the_episode(policy):
+    def status(context):
+        (t,) = rollout(policy, [Script(2)], seeded(policy.device, 0), model=lambda _: ["hm"], context=context)
+        return t.episode.status, t.tokens, t.mask
+    _, tokens, mask = status(2048)
+    second = len(mask) - mask[::-1].index(False)  # where the second turn begins
+    assert (status(second)[0], status(second + 1)[0]) == ("out of context", "running")
+
+
+def test_no_code_of_the_executor_runs_while_it_is_judged(jail, monkeypatch):
+    episode, channels = Executor(jail, TASK), []
+    monkeypatch.setattr(rl, "verdict_on", lambda *_, **__: channels.append(episode.session.channel) or Verdict(True))
+    episode.step("ACTION: import time END ACTION")  # not remembered, so there is a child
+    assert episode.session.channel is not None and episode.step("ANSWER: 1 END ANSWER") is None and channels == [None]
+
+
+def test_micro_batches_of_unsorted_lengths():
+    assert micro_batches([9, 1, 8, 2, 10, 1], 20) == [[1, 5, 3], [2, 0], [4]]
+    assert micro_batches([5, 5, 5], 10) == [[0, 1], [2]]
+
+
+def test_the_figures_do_not_depend_on_the_micro_batches(policy):
+    trajectories, advantage = some_trajectories(), torch.tensor([1.0, -0.2, 0.0, 0.6, -1.0])
+    _, together = fresh_gradient(policy, trajectories, advantage, micro_batch_tokens=10_000)
+    _, apart = fresh_gradient(policy, trajectories, advantage, micro_batch_tokens=1)
+    assert apart == pytest.approx(together, rel=1e-4)
+
+
+def test_an_episode_that_wins_in_its_last_turn_has_won(jail):
+    episode = Executor(jail, TASK)
+    for _ in range(rl.MAX_STEPS - 1):
+        episode.step("hm")
+    tea = episode.environment.state["tea"]
+    assert episode.step(f"ANSWER: {3 * (tea + 5)} END ANSWER") is None
+    assert (episode.reward, episode.status) == (1.0, "answered")
+
+
+def test_slots_with_prompts_of_their_own_are_fed_side_by_side(policy, jail):
+    """Of lengths that neither rise nor fall: alone, two at a time and all together the turns are the same."""
+    tasks = [dataclasses.replace(TASK, instruction="Take the amount of tea" + ", add 5" * more + ".") for more in (9, 1, 5, 3)]
+    assert len({t.prompt for t in (rl.opened(policy, Executor(jail, task).messages) for task in tasks)}) == 4
+    played = [rollout(policy, [Executor(jail, task) for task in tasks], seeded(policy.device, 1), temperature=0, parallel=parallel, turn_tokens=60)
+              for parallel in (1, 2, 4)]
+    assert [t.tokens for t in played[0]] == [t.tokens for t in played[1]] == [t.tokens for t in played[2]]
+
+
+def test_padding_behind_the_last_column_changes_nothing(policy):
+    """The first slot is nearly full when the second is fed with more tokens than the first has columns left."""
+    ids, cache = list(range(5, 17)), rl.SlotCache(2, 12)
+    with torch.inference_mode():
+        rl.advance(policy, cache, (0, 1), [ids[:10], ids[:1]], [0, 0])
+        logits = rl.advance(policy, cache, (0, 1), [ids[10:11], ids[1:9]], [10, 1])
+        for row, end in zip(logits, (11, 9)):
+            torch.testing.assert_close(row, policy.model(input_ids=torch.tensor([ids[:end]])).logits[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_the_longest_context_of_other_models():
+    llama = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+    assert rl.longest_context(LlamaConfig(max_position_embeddings=2048, rope_parameters=llama)) == 2048
+    chunked = SimpleNamespace(get_text_config=lambda: SimpleNamespace(attention_chunk_size=64, max_position_embeddings=99))
+    assert rl.longest_context(chunked) == 64
+
+
+def test_what_fits_side_by_side_fits_and_one_more_does_not():
+    memory = rl.memory_of(rl.shape_of("tiny"), 8, 512)
+    for room in (1e8, 1e9):
+        number = rl.most_parallel(memory, room)
+        assert number > 0 and rl.rollout_bytes(memory, number) <= room < rl.rollout_bytes(memory, number + 1)
+    assert rl.most_parallel(memory, 1) == 0

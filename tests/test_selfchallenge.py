@@ -124,10 +124,10 @@ def test_an_endless_challenger_runs_out_of_steps(jail):
 # ---------------------------------------------------------------------------------------------------
 # what is kept
 
-def handed_in(task: CodeAsTask | None, judgement: Judgement):
+def handed_in(task: CodeAsTask | str, judgement: Judgement):
     episode = Challenger.__new__(Challenger)  # an episode that is over: only its submissions count
     episode.env, episode.seed, episode.status = "shop", 0, "running"
-    episode.messages, episode.submissions = [{"role": "assistant", "content": "text"}], [(task, judgement)]
+    episode.submissions = [(task, judgement)]
     return episode
 
 
@@ -141,8 +141,18 @@ def test_every_attempt_is_sorted_out(held_out):
     assert sort_out(handed_in(task, KEPT), [], held_out, filtered=True) == vars(task)
     assert sort_out(handed_in(task, KEPT), [("shop", words_of_it)], held_out, filtered=True)["stage"] == "duplicate"
     assert sort_out(handed_in(task, KEPT), [("another", words_of_it)], held_out, filtered=True) == vars(task)
-    assert sort_out(handed_in(None, REJECTED), [], held_out, filtered=True)["stage"] == "parse"
+    line = sort_out(handed_in("no <task>", REJECTED), [], held_out, filtered=True)
+    assert (line["stage"], line["text"]) == ("parse", "no <task>")
     assert sort_out(handed_in(HELD_OUT[-1], KEPT), [], held_out, filtered=True)["stage"] == "held-out"
+
+
+def test_what_cannot_be_read_is_kept_as_it_was_handed_in_whatever_came_after(jail, held_out):
+    episode = Challenger(jail, "shop", 0)
+    for turn in ["THOUGHT: done END THOUGHT ANSWER: no <task> END ANSWER", *["ACTION: print(1) END ACTION"] * Challenger.max_steps]:
+        if episode.step(turn) is None:
+            break
+    line = sort_out(episode, [], held_out, filtered=True)
+    assert (line["stage"], line["text"], episode.status) == ("parse", "no <task>", "out of steps")
 
 
 def test_without_the_filter_a_rejected_task_is_kept_but_a_held_out_one_is_not(held_out):
@@ -261,11 +271,7 @@ def test_no_task_of_an_unfiltered_pool_leaks(jail, tmp_path, held_out, monkeypat
     options, policy = parse_options([*SMALL, "--no-filter"]), load_policy("tiny")
     run = selfchallenge.Run(tmp_path, policy, make_optimizer(policy, 1e-3))
     tasks = selfchallenge.challenge(jail, held_out, run, options)
-<<<<<<< HEAD
-    assert len(tasks) > 22 and not any(held_out.leaks(task.instruction) for task in tasks)
-=======
-    assert len(tasks) > 12 and not any(leaks(task.instruction, held_out) for task in tasks)
->>>>>>> 966f78d (What is held out is a list of sets of words, and a function: no class where a function serves (4 lines))
+    assert len(tasks) > 22 and not any(leaks(task.instruction, held_out) for task in tasks)
     assert run.read("tasks.jsonl") == [vars(task) for task in tasks]
     assert "\n44 attempts, " in capsys.readouterr().out  # below the bar, not behind it
 
@@ -504,3 +510,47 @@ def test_the_example_that_the_files_follow_is_true(jail):
     assert found[1].item() == pytest.approx(0.857, abs=5e-4) and found[0].item() == pytest.approx(-0.286, abs=5e-4)
     cousin = next(task for task in load_suite("calculator") if task.instruction == "Take the amount of chair, add 4, then multiply by 7.")
     assert evaluate(jail, cousin, make_environment("calculator", cousin.seed), 84).passed
+
+
+# ---------------------------------------------------------------------------------------------------
+# attempts, and what counts of a run's files
+
+def test_attempts_go_through_the_worlds_each_with_a_seed_of_its_own(jail, held_out, tmp_path, monkeypatch):
+    played, drawn = [], []
+
+    def rollout(policy, episodes, generator, **limits):
+        played.extend((episode.env, episode.seed, episode.revisions) for episode in episodes)
+        drawn.append(torch.rand(1, generator=generator).item())
+    monkeypatch.setattr(selfchallenge, "rollout", rollout)
+    policy = load_policy("tiny")
+    for seed, more, revisions in [(3, [], 2), (4, ["--no-filter"], 0)]:
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        run = selfchallenge.Run(folder, policy, make_optimizer(policy, 1e-3))
+        selfchallenge.challenge(jail, held_out, run, parse_options(["--seed", str(seed), "--challenges", "4", "--parallel", "2", "--revisions", "2", *more]))
+        assert played[-4:] == [("calculator", seed * 10**5, revisions), ("shop", seed * 10**5 + 1, revisions),
+                               ("calculator", seed * 10**5 + 2, revisions), ("shop", seed * 10**5 + 3, revisions)]
+    assert len({*drawn}) == 4
+
+
+def test_an_environment_that_is_named_twice_counts_once():
+    assert parse_options(["--env", "shop", "calculator", "shop"]).env == ["shop", "calculator"]
+
+
+def test_near_duplicates_share_over_nine_tenths():
+    a = set("abcdefghijklmnopqrs")  # 19
+    assert near_duplicates(a, a | {"t"}) and not near_duplicates(a, a | {"t", "u", "v"})
+
+
+def test_a_resumed_run_forgets_what_was_written_after_its_checkpoint(tmp_path):
+    policy = load_policy("tiny")
+    run = selfchallenge.Run(tmp_path, policy, make_optimizer(policy, 1e-3))
+    (tmp_path / "tasks.jsonl").write_text("1\n")
+    run.save("challenge")
+    (tmp_path / "tasks.jsonl").write_text("1\n2\n")
+    (tmp_path / "metrics.jsonl").write_text("3\n")
+    again = selfchallenge.Run(tmp_path, policy, make_optimizer(policy, 1e-3))
+    assert again.read("tasks.jsonl") == [1] and again.read("metrics.jsonl") == []
+    first = run.progress["wall_s"]["challenge"]
+    again.save("challenge")
+    assert again.progress["wall_s"]["challenge"] > first

@@ -505,3 +505,11 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     process.stdout.close()
     process.wait(timeout=600)
     assert b"Traceback" not in process.stderr.read() and process.returncode == 1
+
+
+def test_code_that_begins_on_the_line_of_its_tag_keeps_its_indentation():
+    assert parse_step("ACTION: if x:\n y\nEND ACTION").content == "if x:\n y"
+
+
+def test_a_quoted_number_is_a_number():
+    assert as_answer('"36"') == 36 and as_answer('"\\"tea\\""') == "tea"

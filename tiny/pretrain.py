@@ -349,7 +349,7 @@ def play(episode, script: Script, held_out: list[set[str]]) -> tuple[list[dict],
         episode.messages.append({"role": "user", "content": reply})
         text = script.send(reply)
     episode.close()
-    if isinstance(episode, Challenger) and any(task and leaks(task.instruction, held_out) for task, _ in episode.submissions):
+    if isinstance(episode, Challenger) and any(isinstance(task, CodeAsTask) and leaks(task.instruction, held_out) for task, _ in episode.submissions):
         return None
     return episode.messages, episode.reward
 
