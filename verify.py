@@ -1018,7 +1018,8 @@ def main() -> int:
         with open(options.file, "rb"), Jail(allow_weak=options.allow_weak_jail) as jail:  # no file, no jail
             print(jail.describe(), file=sys.stderr)
             for judgement in tqdm(judge_many(jail, read_lines(options.file)), unit=" tasks", disable=None):
-                tqdm.write(json.dumps(asdict(judgement)))  # above the bar, where both are on one terminal
+                # above the bar, where both are on one terminal; tqdm loses an interrupt that comes while it locks
+                tqdm.write(json.dumps(asdict(judgement)), nolock=True)
                 sys.stdout.flush()
                 kept.append(judgement.ok)
             print(f"{len(kept)} lines were judged, and {sum(kept)} of these tasks would be kept", file=sys.stderr)
