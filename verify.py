@@ -608,7 +608,7 @@ class Jail(contextlib.AbstractContextManager):
         self.seconds, self.replies = seconds, {}  # of children, by all that they had been sent until then
         known = sys.platform == "linux" and os.uname().machine in MACHINES
         for self.strong in [True] * known + [False] * allow_weak:
-            self.servers = [ForkServer(seed, self.strong) for seed in range(1, 3 + REPEATS)]
+            self.servers = [ForkServer(seed, self.strong) for seed in range(1, 3 + REPEATS)]  # all that judge asks
             if all(self.probe().values()) or not self.strong:
                 return
             self.close()
@@ -815,8 +815,8 @@ class Session(contextlib.AbstractContextManager):
 # That is the challenger's next observation, upon which it mends two parts, and the task is kept:
 #   instruction  Take the amount of tea, multiply by 3, then multiply by 9.
 #   evaluate     def evaluate(answer): return answer == multiply(multiply(amount("tea"), 3), 9)
-#   judgement    378 passes; 42, 126, 14 and None (doing nothing) do not; on the other server the same; 378 passes
-#                four times more: stage "ok"
+#   judgement    378 passes; 42, 126, 14 and None (doing nothing) do not; on a second server the same; 378 passes on
+#                four others: stage "ok"
 
 @dataclass
 class Verdict:
