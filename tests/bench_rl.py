@@ -11,11 +11,14 @@ the table shows the medians. What is sampled differs, so tokens a second are com
 
 With --shapes each model is trained on one trajectory of the paper's context, and plays 16 episodes of 8,192 tokens, as
 many at once as `rl.py --fit` says, under a cap on the memory that stands in for the card. The peaks stand beside what
---fit predicts. The episodes begin with seven eighths of their context, which needs as much memory as a whole one, and much
-less time. With --rounds, 16 shorter episodes are then played in the three ways, which takes longer than all the rest.
-Weights are random, so every turn runs until it is cut; speed and memory do not depend on that. Each figure is printed when it
-is known, and what fails, for want of memory or otherwise, is told and leaves the others as they are (the exit status is 1
-then). Without a GPU the code of training and rollouts runs on tensors that have shapes and no numbers, and only the peaks are
+--fit predicts. The episodes begin with seven eighths of their context, which needs as much memory as a whole one, and
+much less time. With --rounds, 16 episodes as long as those of TauBench's Retail are then played in the three ways, which takes
+longer than all the rest: a prompt of half the context, then four turns of a sixty-fourth of it, with observations of twice that
+(of 8,192 tokens: 4,096, 128 and 256). `generate` splits its batch where the capped memory does not hold all of it; continuous
+batching, which asks the card itself what is free, has no cap. Weights are random, so every turn runs until it is cut; speed and
+memory do not depend on that. Each figure is printed when it is known, and what fails, for want of memory or otherwise, is told
+and leaves the others as they are (the exit status is 1 then).
+Without a GPU the code of training and rollouts runs on tensors that have shapes and no numbers, and only the peaks are
 told, counted (see live_memory.py).
 """
 import argparse
@@ -26,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -81,8 +84,34 @@ def turn_by_turn(
     return trajectories
 
 
-@torch.inference_mode()
 def by_generate(policy: Policy, histories: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
+    """`generate`, in one call if the memory suffices for it, and else in two halves."""
+    with suppress(torch.OutOfMemoryError):
+        return generated(policy, histories, settings)
+    if len(histories) == 1:
+        raise MemoryError("not one history can be continued")
+    half = len(histories) // 2
+    return [row for part in (histories[:half], histories[half:]) for row in by_generate(policy, part, settings)]
+
+
+@contextmanager
+def uncapped() -> Iterator[None]:
+    """Lift the cap on a GPU's memory, for code that asks the card itself what is free."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    fraction = torch.cuda.get_per_process_memory_fraction()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    try:
+        yield
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()  # or the rest of the card might stay reserved
+        torch.cuda.set_per_process_memory_fraction(fraction)
+
+
+@torch.inference_mode()
+def generated(policy: Policy, histories: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
     """One call of `generate`, on histories that are padded on the left to the longest."""
     width = max(map(len, histories))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in histories], device=policy.device)
@@ -93,7 +122,8 @@ def by_generate(policy: Policy, histories: list[list[int]], settings: Generation
 
 def by_continuous_batching(policy: Policy, histories: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
     """One call of transformers' continuous batching, whose paged cache needs no padding."""
-    outputs = policy.model.get_base_model().generate_batch(inputs=histories, generation_config=settings, progress_bar=False)
+    with uncapped():
+        outputs = policy.model.get_base_model().generate_batch(inputs=histories, generation_config=settings, progress_bar=False)
     by_prompt = sorted(outputs.values(), key=lambda output: int(output.request_id.rpartition("_")[2]))
     assert len(by_prompt) == len(histories) and not any(output.error for output in by_prompt)
     return [up_to_the_end(policy, output.generated_tokens) for output in by_prompt]
@@ -177,17 +207,23 @@ def peak_of(policy: Policy, work: Callable[[], object]) -> tuple[float, float, o
 
 
 class Talk(Episode):
-    """An episode that goes on until its context is full: each turn is answered by a short observation."""
+    """An episode whose turns, whatever they say, are answered: each word of the prompt and the observations is two tokens."""
 
-    def __init__(self, words: int):
+    def __init__(self, words: int, observed: int = 1, max_steps: int = sys.maxsize):
         self.messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "tea " * words}]
-        self.reward, self.status = 0.0, "running"
+        self.observed, self.max_steps = observed, max_steps
 
-    def step(self, text: str) -> str:
-        return "Observation:\n16"
+    def step(self, text: str) -> str | None:
+        self.steps += 1
+        return "tea " * self.observed if self.steps < self.max_steps else None
 
     def close(self) -> None:
         """There is no session."""
+
+
+def as_in_retail(context: int) -> list[Episode]:
+    """Return 16 episodes of one task that fill two thirds of their context, if turns are cut at a sixty-fourth of it."""
+    return [Talk(context // 4, observed=context // 64, max_steps=4) for _ in range(16)]
 
 
 def measure_shape(shape: str, gpu_gb: float, context: int, long: int, rounds: int) -> None:
@@ -224,10 +260,8 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int, rounds: in
               f"cache are read once for each token; 800 tasks x 15 rollouts of {context // 2:,} sampled tokens: "
               f"{12_000 * context / 2 / (sampled / seconds) / 3600:,.1f} hours", flush=True)
         print(f"  mismatch_kl {train(trajectories[0])['mismatch_kl']:.1e}", flush=True)
-    if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(1.0)  # continuous batching takes what it finds free on the card itself
     if rounds:
-        compare(policy, policy, lambda: [Talk(context // 16) for _ in range(16)], 256, context // 4, rounds)
+        compare(policy, policy, lambda: as_in_retail(context), context // 64, context, rounds)
 
 
 def count_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:

@@ -20,6 +20,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, Cohe
                           Gemma4TextConfig, JambaConfig, LlamaConfig, MixtralConfig, Phi3Config, Qwen2Config, Qwen2PreTrainedModel,
                           Qwen3MoeConfig)
 
+import bench_rl
 import rl
 from eval import write_report
 from live_memory import LiveMemory, random_policy, rollout_peak, shape_policy, training_peak
@@ -1161,3 +1162,28 @@ def test_what_fits_side_by_side_fits_and_one_more_does_not():
         number = rl.most_parallel(memory, room)
         assert number > 0 and rl.rollout_bytes(memory, number) <= room < rl.rollout_bytes(memory, number + 1)
     assert rl.most_parallel(memory, 1) == 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# the benchmark
+
+def test_generate_splits_a_batch_that_does_not_fit_and_keeps_the_order(policy, monkeypatch):
+    asked = []
+
+    def out_of_memory_from_three_on(policy, histories, settings):
+        asked.append(len(histories))
+        if len(histories) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [row[-1:] for row in histories]
+
+    monkeypatch.setattr(bench_rl, "generated", out_of_memory_from_three_on)
+    assert bench_rl.by_generate(policy, [[0, number] for number in range(5)], None) == [[0], [1], [2], [3], [4]]
+    assert asked == [5, 2, 3, 1, 2]
+
+
+def test_the_benchmark_s_ways_play_the_same_work(policy):
+    endless = dataclasses.replace(policy, stop_ids=frozenset({0}))
+    for name in ("generate, at every turn", "rollout"):
+        trajectories = bench_rl.WAYS[name](endless, bench_rl.as_in_retail(256), seeded("cpu", 0), 4, 256)
+        # a prompt of 64 words of two tokens and the template's 6; four turns of four tokens
+        assert [(len(t.prompt), sum(t.mask), t.episode.steps) for t in trajectories] == 16 * [(134, 16, 4)]
