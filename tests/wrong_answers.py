@@ -42,6 +42,21 @@ WRONG = {
         "a thought may begin anywhere": altered("parse_step", ('text.lstrip().startswith("THOUGHT:")', '"THOUGHT:" in text')),
         "answers lose their fence as well": altered("parse_step", ('strip_fence(content) if kind == "ACTION" else content.strip()',
                                                                    "strip_fence(content)")),
+        "only what is closed is looked for": altered("parse_step", (
+            're.search(r"\\b(ACTION|ANSWER):", rest)', 're.search(r"\\b(ACTION|ANSWER):(?=.*?END \\1)", rest, re.DOTALL)')),
+        "a second one counts only if it is closed": altered("parse_step", (
+            're.search(r"\\b(ACTION|ANSWER):", after)', 're.search(r"\\b(ACTION|ANSWER):.*END \\1", after, re.DOTALL)')),
+        "a second answer is overlooked": altered("parse_step", (
+            're.search(r"\\b(ACTION|ANSWER):", after)', 're.search(r"\\b(ACTION|ANSWER):" if kind == "ACTION" else r"\\bACTION:", after)')),
+        "a thought ends at the last END THOUGHT": altered("parse_step", (
+            'thought, _, rest = text.partition("THOUGHT:")[2].partition("END THOUGHT")',
+            'thought, end, rest = text.partition("THOUGHT:")[2].rpartition("END THOUGHT")\n    thought = thought if end else rest')),
+        "a thought after the thought is one as well": altered("parse_step", (
+            "if text.lstrip", "while rest.lstrip"), ("text.partition", "rest.partition")),
+        "a thought ends at any END": altered("parse_step", ('.partition("END THOUGHT")', '.partition("END ")')),
+        "code is stripped before its lines lose what they share": altered("parse_step", (
+            "strip_fence(content)", "strip_fence(content.strip())")),
+        "the first line of an answer": altered("parse_step", ("else content.strip()", 'else content.strip().partition("\\n")[0]')),
     },
     "evaluate": {
         "a verdict by exit code": "return Verdict(outcome.error is None, outcome.error)",

@@ -15,6 +15,10 @@ from verify import FormatError, parse_step
     ("Well. THOUGHT: a END THOUGHT ANSWER: 5 END ANSWER", "", "answer", "5"),
     ("ACTION: print('THOUGHT: a') END ACTION", "", "action", "print('THOUGHT: a')"),
     ("ANSWER: ```5``` END ANSWER", "", "answer", "```5```"),
+    ('ANSWER: "a"\n"b" END ANSWER', "", "answer", '"a"\n"b"'),
+    ("THOUGHT: to the END we go END THOUGHT ACTION: print('END OF LIST') END ACTION", "to the END we go", "action", "print('END OF LIST')"),
+    ("THOUGHT: a END THOUGHT ACTION: f() END ACTION\n\nTHOUGHT: b\nEND THOUGHT", "a", "action", "f()"),
+    ("THOUGHT: a END THOUGHT THOUGHT: b END THOUGHT ANSWER: 5 END ANSWER", "a", "answer", "5"),
 ])
 def test_a_step_is_read(text, thought, kind, content):
     step = parse_step(text)
@@ -27,12 +31,20 @@ def test_what_a_thought_speaks_of_is_not_done():
 
 
 def test_code_may_speak_of_an_answer():
-    assert parse_step("ACTION: print('ANSWER: 5') END ACTION").content == "print('ANSWER: 5')"
+    for code in ("print('ANSWER: 5')", "print('ANSWER: 5 END ANSWER')"):
+        assert parse_step(f"ACTION: {code} END ACTION").content == code
 
 
 @pytest.mark.parametrize("code", ["```python\nprint(1)\n```", "\n    print(1)\n", "```\nprint(1)```"])
 def test_code_comes_without_fence_and_indentation(code):
     assert parse_step(f"ACTION: {code} END ACTION").content == "print(1)"
+
+
+def test_all_lines_of_code_lose_the_indentation_that_they_share():
+    code = "if x:\n    print(x)\nprint(y)"
+    indented = "\n    if x:\n        print(x)\n    print(y)\n"
+    for text in (indented, f"\n```python{indented}```\n"):
+        assert parse_step(f"ACTION:{text}END ACTION").content == code
 
 
 @pytest.mark.parametrize("text", [
@@ -49,6 +61,10 @@ def test_code_comes_without_fence_and_indentation(code):
     "ACTION: f() END ACTION\nANSWER: 5 END ANSWER",
     "ANSWER: 5 END ANSWER\nACTION: f() END ACTION",
     "ACTION: f() END ACTION, and then ANSWER: 5 END ANSWER",
+    "ANSWER: 5 END ANSWER ANSWER: 6 END ANSWER",
+    "ACTION: f() END ACTION ACTION: g()",
+    "ACTION: f() ANSWER: 5 END ANSWER",
+    "THOUGHT: a END THOUGHT THOUGHT: not an ACTION: f() END ACTION END THOUGHT ANSWER: 5 END ANSWER",
     "action: f() END ACTION",
 ])
 def test_a_malformed_step_gets_the_reminder(text):
