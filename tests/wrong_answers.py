@@ -61,6 +61,11 @@ WRONG = {
     "evaluate": {
         "a verdict by exit code": "return Verdict(outcome.error is None, outcome.error)",
         "a verdict by printed text": 'return Verdict(outcome.value is True or "True" in outcome.printed, outcome.error)',
+        "printed text is a verdict where nothing is returned": altered("evaluate", (
+            "if outcome.error is None and",
+            "if outcome.value is None and outcome.printed.strip() == 'True':\n    return Verdict(True)\nif outcome.error is None and")),
+        "only the last line of an error": altered("evaluate", (
+            "outcome.value is True, outcome.error)", "outcome.value is True, outcome.error and outcome.error.splitlines()[-1])")),
         "what counts as true passes": altered("evaluate", (" is True", ""), ("outcome.value is not True", "not outcome.value")),
         "what equals True passes": altered("evaluate", ("value is True", "value == True"), ("value is not True", "value != True")),
         "what equals False is a fail without a reason": altered("evaluate", ("is not False", "!= False")),

@@ -33,8 +33,9 @@ def test_what_counts_as_true_is_not_true(jail, shop, value):
 
 
 def test_an_evaluation_that_returns_nothing_has_failed(jail, shop):
-    verdict = evaluate(jail, task("def evaluate():\n    pass"), shop, None)
-    assert verdict.passed is False and verdict.reason and "None" in verdict.reason
+    for body in ("pass", "print(True)", "print('passed')"):
+        verdict = evaluate(jail, task(f"def evaluate():\n    {body}"), shop, None)
+        assert verdict.passed is False and verdict.reason and "None" in verdict.reason
 
 
 @pytest.mark.parametrize("evaluation, reason", [
@@ -46,6 +47,11 @@ def test_an_evaluation_that_returns_nothing_has_failed(jail, shop):
 def test_an_error_is_a_fail_and_its_own_reason(jail, shop, evaluation, reason):
     verdict = evaluate(jail, task(evaluation), shop, None)
     assert verdict.passed is False and verdict.reason and reason in verdict.reason
+
+
+def test_the_whole_error_is_the_reason(jail, shop):
+    verdict = evaluate(jail, task("def evaluate():\n    raise ValueError('first\\nlast')"), shop, None)
+    assert "ValueError: first" in verdict.reason and "last" in verdict.reason
 
 
 def test_what_is_printed_is_no_verdict(jail, shop):
