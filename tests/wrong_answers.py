@@ -91,6 +91,21 @@ WRONG = {
         "an evaluation that breaks after a failure case has failed it": altered("check", (
             "accepts(jail, task, replica, what, *state_and_answer)", "evaluate(jail, task, *state_and_answer, replica).passed")),
         "the evaluation must not break after an unsolved task's failure cases": altered("check", ("if solved and accepts(", "if accepts(")),
+        "numbers count what differs": altered("check", (
+            "for code in dict.fromkeys(task.failures):", "for number, code in enumerate(dict.fromkeys(task.failures), start=1):"),
+            ("task.failures.index(code) + 1", "number")),
+        "doing nothing begins where the last failure case ended": altered("check", (
+            "make_environment(task.env, task.seed), None", "state_and_answer[0], None")),
+        "doing nothing counts only for a solution without an answer": altered("check", (
+            "if not passing and", "if not passing and answer is None and")),
+        "a failure case without an answer has failed": altered("check", (
+            "if solved and", "if solved and state_and_answer[1] is not None and")),
+        "the first that passes ends the evaluations": altered("check", (
+            "if solved and accepts(", "if solved and not passing and accepts(")),
+        "failure cases share a state": altered("check", ("for code in", "shared = make_environment(task.env, task.seed)\nfor code in"), (
+            "state_and_answer = what_is_left(jail, task, replica, what, code)",
+            "what_is_left(jail, task, replica, what, code)\n    with jail.session(shared, replica) as session:\n"
+            "        state_and_answer = shared, session.run(code).value")),
         "always the first server": altered("check", ("replica, what", "0, what"), ("None, replica", "None, 0")),
     },
     "extend": {
