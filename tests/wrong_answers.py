@@ -116,6 +116,9 @@ WRONG = {
         "one entry a turn": altered("extend", ("[sampled] * len(tokens)", "[sampled]"), ("[0.0] * len(tokens)", "[0.0]")),
         "a mask of numbers, which would pick entries by their place": altered("extend", ("[sampled] *", "[int(sampled)] *")),
         "log-probabilities whoever spoke": altered("extend", ("logprobs if sampled", "logprobs if logprobs")),
+        "what was certain was not sampled": altered("extend", (
+            "[sampled] * len(tokens)", "[sampled and p != 0 for p in logprobs or tokens]")),
+        "whole numbers, which make a tensor of whole numbers": altered("extend", ("[0.0]", "[0]")),
     },
     "advantages": {
         "a biased baseline: the mean with the rollout itself": "return rewards - rewards.mean(1, keepdim=True)",
@@ -125,6 +128,7 @@ WRONG = {
         "doubled": altered("advantages", ("rewards - others", "2 * (rewards - others)")),
         "zero": "return torch.zeros_like(rewards)",
         "the wrong sign": altered("advantages", ("rewards - others", "others - rewards")),
+        "not beyond -1 and 1": altered("advantages", ("(rewards - others)", "(rewards - others).clamp(-1, 1)")),
         "divided by K": altered("advantages", ("(count - 1)", "count")),
         "without a baseline": "return rewards.nan_to_num(0.0)",
         "the rewards themselves are changed": "rewards[rewards.isnan()] = 0.0\n" + SOLUTIONS["advantages"],
@@ -138,6 +142,8 @@ WRONG = {
         "of the rollouts, not of the tasks": "return (rewards != rewards.mean(1, keepdim=True)).float().mean().item()",
         "tasks without signal": "return (rewards == rewards[:, :1]).all(1).float().mean().item()",
         "what does not count is signal": "return (rewards != rewards[:, :1]).any(1).float().mean().item()",
+        "any difference is signal": "return ((rewards - rewards.nanmean(1, keepdim=True)).abs().nansum(1) > 0).float().mean().item()",
+        "more than nothing is a success": altered("signal_share", ("rewards == 1", "rewards > 0")),
         "a number of tasks": "return float((rewards != rewards[:, :1]).any(1).sum())",
     },
     "trajectory_logprobs": {
@@ -147,6 +153,8 @@ WRONG = {
         "a mask by token id": altered("trajectory_logprobs", ("mask[:, 1:]", "mask[:, 1:] & (ids[:, 1:] != 0)")),
         "zero gradient": altered("trajectory_logprobs", ("states[:, :-1]", "states.detach()[:, :-1]")),
         "without the temperature": altered("trajectory_logprobs", ("temperature)", "1.0)")),
+        "in the model's 16 bits": altered("trajectory_logprobs", ("sampled.new_zeros(agent.shape).masked_scatter(agent, sampled)",
+            "states.new_zeros(agent.shape).masked_scatter(agent, sampled.to(states.dtype))")),
         "every token goes through the head": (
             "agent = mask[:, 1:]\nlogprobs = token_logprobs(head, states[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), temperature)\n"
             "return logprobs.view(agent.shape) * agent, agent"),
@@ -177,6 +185,7 @@ WRONG = {
         "downhill": altered("reinforce_step", ("-(weight", "(weight")),
         "divided by the micro-batch": altered("reinforce_step", ("len(trajectories)", "len(batch)")),
         "divided by the trajectories with signal": altered("reinforce_step", ("len(trajectories)", "len(signal)")),
+        "divided by the temperature once more": altered("reinforce_step", ("len(trajectories)", "len(trajectories) / temperature")),
         "divided by each length": altered("reinforce_step", (".sum() /", ".sum(1).div(agent.sum(1)).sum() /")),
         "the ratio without its cap": altered("reinforce_step", (".clamp(max=importance_cap)", "")),
         "the ratio upside down": altered("reinforce_step", ("(-difference)", "difference")),

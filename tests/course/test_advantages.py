@@ -23,6 +23,12 @@ def test_they_are_the_scaled_deviation_from_the_mean():
     torch.testing.assert_close(advantages(rewards), 8 / 7 * (rewards - rewards.mean(1, keepdim=True)))
 
 
+def test_they_follow_the_scale_of_the_rewards_and_not_their_zero():
+    """Rewards of -5 and 5 teach ten times as much as 0 and 1, in the same direction."""
+    rewards = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    torch.testing.assert_close(advantages(10 * rewards - 5), torch.tensor([[10.0, -5.0, -5.0], [5.0, 5.0, -10.0]]))
+
+
 def test_a_task_does_not_see_the_others():
     rewards = torch.rand(4, 5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(advantages(rewards), torch.cat([advantages(row) for row in rewards.split(1)]))

@@ -14,7 +14,7 @@ def test_by_hand():
     trajectory.extend([8], True, [-1.0])
     assert trajectory.tokens == [1, 2, 3, 4, 5, 6, 7, 8]
     assert trajectory.mask == [False, False, True, True, True, False, False, True]
-    assert {*map(type, trajectory.mask)} == {bool}
+    assert {*map(type, trajectory.mask)} == {bool} and {*map(type, trajectory.logprobs)} == {float}
     assert trajectory.logprobs == [0.0, 0.0, -0.5, -0.25, -2.0, 0.0, 0.0, -1.0]
 
 
@@ -22,6 +22,12 @@ def test_nothing_changes_nothing():
     trajectory = Trajectory([1], [True], [-1.0])
     trajectory.extend([], False)
     assert (trajectory.tokens, trajectory.mask, trajectory.logprobs) == ([1], [True], [-1.0])
+
+
+def test_a_token_that_was_certain_was_sampled_all_the_same():
+    trajectory = Trajectory([1], [False], [0.0])
+    trajectory.extend([2, 3], True, [0.0, -1.0])
+    assert trajectory.mask == [False, True, True] and trajectory.logprobs == [0.0, 0.0, -1.0]
 
 
 def test_what_is_not_sampled_has_no_log_probability_even_if_one_is_given():

@@ -48,6 +48,12 @@ def test_by_hand(step):
     torch.testing.assert_close(gradient, -torch.tensor([[1.0], [-0.5], [0.25]]) * AGENT / 3)
 
 
+def test_the_temperature_is_in_the_log_probabilities_already(step):
+    (loss, gradient, _), (cold_loss, cold_gradient, _) = step([1.0, -0.5, 0.25]), step([1.0, -0.5, 0.25], temperature=0.5)
+    assert cold_loss == loss
+    torch.testing.assert_close(cold_gradient, gradient)
+
+
 def test_what_went_well_becomes_more_likely(step):
     _, _, table = step([1.0, -0.5, 0.0], learning_rate=1.0)
     change = table - SAMPLER

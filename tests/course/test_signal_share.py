@@ -13,6 +13,7 @@ from rl import signal_share
     ([[0, 0, 0, 0, 0, 0, 0, 1]], 1),
     ([[1, 0, 1], [1, 1, 1], [0, 0, 0]], 1 / 3),  # the first and the last are alike
     ([[0.5, 0.5], [0.25, 0.25]], 0),  # neither a success nor a failure
+    ([[0.5, 0.25], [1, 0.5], [0.5, 0]], 0),  # not both
     ([[0, 0.5, 1], [0, 0, 0]], 1 / 2),  # the second one's advantage is 0, and yet the task teaches
     ([[0], [1]], 0),
     ([[math.nan, 1, 1], [0, math.nan, 0], [0, math.nan, 1], [math.nan] * 3], 1 / 4),  # NaN does not count

@@ -37,6 +37,12 @@ def test_gradients_equal_the_plain_ones(monkeypatch, states, chunk):
     torch.testing.assert_close(found, expected)
 
 
+def test_of_no_tokens_there_are_no_log_probabilities(states):
+    """The agent says nothing where, for instance, its user ends the conversation at once."""
+    found = rl.token_logprobs(lambda x: x @ WEIGHT.T, states[:0], TOKENS[:0], 1.0)
+    assert found.shape == (0,) and found.requires_grad
+
+
 def test_no_more_than_a_chunk_goes_through_the_head_at_once(monkeypatch, states):
     monkeypatch.setattr(rl, "CHUNK_TOKENS", 7)
     sizes = []

@@ -2,6 +2,9 @@
 
 `token_logprobs`, which is another exercise, is replaced by a plain one.
 """
+import copy
+import dataclasses
+
 import pytest
 import torch
 
@@ -64,6 +67,12 @@ def test_the_end_of_a_turn_is_scored_although_it_is_the_pad(policy):
     for end in {policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id or 0, 0}:
         logprobs, agent = trajectory_logprobs(policy, [Trajectory([9, 8, end], [False, True, True], [0.0, -1.0, -1.0])], 1.0)
         assert agent.tolist() == [[True, True]] and (logprobs < 0).all()
+
+
+def test_of_a_model_in_16_bits_they_are_not_rounded_to_16(policy):
+    half = dataclasses.replace(policy, model=copy.deepcopy(policy.model).bfloat16())
+    logprobs, agent = trajectory_logprobs(half, BATCH[:1], 1.0)
+    assert logprobs.dtype == torch.float32 and not torch.equal(logprobs, logprobs.bfloat16().float())
 
 
 def test_the_gradient_is_that_of_the_sum_by_hand(policy):
