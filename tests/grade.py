@@ -31,15 +31,19 @@ SECONDS = 60  # that the tests of an exercise may take
 
 
 class Recorder:
-    """A plugin of pytest that notes how each test ended: "passed", or the name of what it raised."""
+    """A plugin of pytest that notes how each test ended: "passed", the name of what it raised, or "not played"."""
 
     def __init__(self):
         self.ends: dict[str, str] = {}
 
+    def pytest_itemcollected(self, item: pytest.Item) -> None:
+        self.ends[item.name] = "not played"  # and so it stays if the code ends the session, as KeyboardInterrupt does
+
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> None:
         if call.excinfo is not None:
             self.ends[item.name] = call.excinfo.typename
-        self.ends.setdefault(item.name, "passed")
+        elif call.when == "call":
+            self.ends[item.name] = "passed"
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:

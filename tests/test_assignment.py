@@ -194,11 +194,11 @@ def test_every_exercise_has_at_least_three_wrong_answers():
 
 
 def test_a_copy_is_graded_by_the_teacher_s_tests(copy, tmp_path, monkeypatch, capsys):
-    """Two exercises are solved, one is wrong, one ends the process; and the student's own tests have been deleted."""
+    """Two are solved, one is wrong, one ends the process, one only the tests; and the student's own tests have been deleted."""
     folder = tmp_path / "ada"
     shutil.copytree(copy, folder)
     answers = {name: EXERCISES[name].solution for name in ("parse_step", "pass_at_k")}
-    answers |= {"signal_share": "    return 0.5", "advantages": "    os._exit(0)"}
+    answers |= {"signal_share": "    return 0.5", "advantages": "    os._exit(0)", "evaluate": "    raise KeyboardInterrupt"}
     for script, text in scripts_with(answers).items():
         (folder / script).write_text(text.replace("CHUNK_TOKENS = 512", "CHUNK_TOKENS = 10**9"))
     shutil.rmtree(folder / "tests")
@@ -211,6 +211,6 @@ def test_a_copy_is_graded_by_the_teacher_s_tests(copy, tmp_path, monkeypatch, ca
     assert {line.split()[0] for line in graded if line.split()[1] != "0"} == {"parse_step", "pass_at_k"}
     reasons = {line.split()[0]: line.partition("(")[2] for line in graded}
     assert not reasons["parse_step"] and "AssertionError" in reasons["signal_share"] and "ended Python" in reasons["advantages"]
-    assert reasons["extend"] == "NotImplementedError)"
+    assert reasons["extend"] == "NotImplementedError)" and reasons["evaluate"] == "not played)"
     assert in_all.split()[:3] == ["in", "all", str(points()["parse_step"] + points()["pass_at_k"])]
     assert [line.split(" = ")[0].strip() for line in changed] == [f"rl.py, outside the gaps: {sign} CHUNK_TOKENS" for sign in "-+"]
