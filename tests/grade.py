@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import gc
 import io
+import itertools
 import multiprocessing
 import os
 import re
@@ -109,14 +110,19 @@ def points() -> dict[str, int]:
 
 
 def outside_the_gaps(given: str, handed_in: str) -> list[str]:
-    """Return the lines of a script that a student has taken out (-) or added (+), save for what stands in or right at a gap."""
+    """Return the lines of a script that a student has taken out (-) or added (+), save for what stands in a gap.
+
+    What follows an answer is outside from the first line on that is indented less than the gap.
+    """
     ours, theirs = given.splitlines(), handed_in.splitlines()
     changed = []
     for kind, first, last, begin, end in difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
         block = [] if kind == "equal" else ours[first:last]
-        gap = any("raise NotImplementedError(\"exercise" in line for line in ours[first:last + (kind == "insert")])
+        gaps = [line for line in ours[first:last + (kind == "insert")] if "raise NotImplementedError(\"exercise" in line]
         changed += [f"- {line}" for line in block if line.strip() and "raise NotImplementedError(\"exercise" not in line]
-        changed += [f"+ {line}" for line in theirs[begin:end] if line.strip() and kind != "equal" and not gap]
+        added = [line for line in theirs[begin:end] if line.strip() and kind != "equal"]
+        margin = gaps[0][:-len(gaps[0].lstrip())] if gaps else None
+        changed += [f"+ {line}" for line in itertools.dropwhile(lambda line: gaps and line.startswith(margin), added)]
     return changed
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import make_assignment
 from grade import main as grade_main
-from grade import points
+from grade import outside_the_gaps, points
 from make_assignment import BEGIN, END, SCRIPTS, TELLING, WITHHELD, AssignmentError, all_exercises, find_exercises, make_copy, scripts_with
 from wrong_answers import EXERCISES, WRONG, play_all
 
@@ -214,3 +214,11 @@ def test_a_copy_is_graded_by_the_teacher_s_tests(copy, tmp_path, monkeypatch, ca
     assert reasons["extend"] == "NotImplementedError)" and reasons["evaluate"] == "not played)"
     assert in_all.split()[:3] == ["in", "all", str(points()["parse_step"] + points()["pass_at_k"])]
     assert [line.split(" = ")[0].strip() for line in changed] == [f"rl.py, outside the gaps: {sign} CHUNK_TOKENS" for sign in "-+"]
+
+
+def test_what_follows_an_answer_in_its_gap_is_shown_once_it_leaves_the_function():
+    given = 'def one():\n    raise NotImplementedError("exercise 1: one")\n\n\ndef two():\n    return 2\n'
+    answer = given.replace('raise NotImplementedError("exercise 1: one")', "x = [\n        1]\n\n    return x[0]")
+    assert outside_the_gaps(given, answer) == []
+    assert outside_the_gaps(given, answer.replace("\n\n\n", "\n\n\nif True:\n    cheat()\n\n\n")) == ["+ if True:", "+     cheat()"]
+    assert outside_the_gaps(given, answer.replace("return 2", "return 3")) == ["-     return 2", "+     return 3"]
