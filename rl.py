@@ -762,7 +762,7 @@ def signal_share(rewards: Tensor) -> float:
 
 
 def trajectory_logprobs(policy: Policy, batch: list[Trajectory], temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of the agent's tokens [rows, columns-1], 0 elsewhere, and the mask that marks them.
+    """Return the agent's tokens' log-probabilities [rows, columns-1], in 32 bits, 0 elsewhere, and the mask of them.
 
     Column t holds log pi(token t+1 | tokens up to t) under logits / temperature, the transform that sampled. Only the
     agent's tokens have logits computed for them (by `token_logprobs`), because these need the most memory.
@@ -784,9 +784,9 @@ def trajectory_logprobs(policy: Policy, batch: list[Trajectory], temperature: fl
 def token_logprobs(head: Callable, states: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """Return the log-probabilities of `tokens` [n] after `states` [n, width], under head(states) / temperature.
 
-    The logits of all n tokens, each with perhaps 128,000, would need more memory than the model. So they are computed
-    for CHUNK_TOKENS tokens at a time, in 32 bits, and again when the gradient comes back (`checkpoint`, with
-    use_reentrant=False).
+    n may be 0. The logits of all n tokens, each with perhaps 128,000, would need more memory than the model. So they
+    are computed for CHUNK_TOKENS tokens at a time, in 32 bits, and again when the gradient comes back (`checkpoint`,
+    with use_reentrant=False).
     """
     ### BEGIN SOLUTION
     def logprobs(states: Tensor, tokens: Tensor) -> Tensor:

@@ -157,9 +157,9 @@ def parse_step(text: str) -> Step:
 
     A `<think>` block at the beginning, as some models write it, does not count. Only what the text then begins with,
     save for white space, is a thought, and `ACTION:` within it is not an action yet, not even if the thought never
-    ends; `ANSWER:` within an action is a part of its code. Other words may stand before and after the one action or
-    answer, but no second one. An answer may be empty; an action, without its indentation and fence (`strip_fence`), may
-    not. No part has white space around it.
+    ends. All between `ACTION:` and the next `END ACTION` is code, `ANSWER:` too. Other words may stand before and after
+    the one action or answer, but no second one, not even an unfinished one. An answer may be empty; an action, without
+    its indentation and fence (`strip_fence`), may not. No part has white space around it.
     """
     text = re.sub(r"^\s*<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
     ### BEGIN SOLUTION
