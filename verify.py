@@ -967,6 +967,7 @@ def guarded(name: str, work: Callable[[], None], hint: Callable[[], str]) -> int
     The status is 0 for success, 1 for a reader that has gone, 2 for a problem, 130 for Ctrl-C.
     """
     status, problem = 0, None
+    sys.stdout, sys.stderr = [stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr)]  # if closed
     if hasattr(sys.stdout, "reconfigure"):  # a stand-in, such as a notebook's, has not
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack some characters
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the libraries are loaded: Ctrl-C raises again

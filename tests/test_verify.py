@@ -1,5 +1,6 @@
 """Tasks: their text, their JSON, every stage of the filter on tasks written by hand, and the command line."""
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -505,6 +506,15 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     process.stdout.close()
     process.wait(timeout=600)
     assert b"Traceback" not in process.stderr.read() and process.returncode == 1
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_stream_that_is_closed_is_written_nowhere_else(tmp_path, closed):
+    (tmp_path / "tasks.jsonl").write_text(SHOP.to_json())
+    result = command("tasks.jsonl", cwd=tmp_path, preexec_fn=functools.partial(os.close, closed))
+    assert result.returncode == 0 and b"Traceback" not in result.stderr
+    assert bool(result.stdout) == (closed == 2) and (b"1 lines were judged" in result.stderr) == (closed == 1)
+    assert all(json.loads(line)["ok"] for line in result.stdout.splitlines())
 
 
 def test_code_that_begins_on_the_line_of_its_tag_keeps_its_indentation():
