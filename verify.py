@@ -351,9 +351,10 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
 
 def set_clock(ahead: int) -> None:
     """Let code of this process, and so of its children, see the date and the time of so many seconds ahead."""
-    now, now_ns, strftime = time.time, time.time_ns, time.strftime
-    time.time = lambda: now() + ahead
-    time.time_ns = lambda: now_ns() + ahead * 10**9
+    strftime = time.strftime
+    for name in ("time", "time_ns", "clock_gettime", "clock_gettime_ns"):
+        more = ahead * 10**9 if name.endswith("_ns") else ahead
+        setattr(time, name, lambda *clock, given=getattr(time, name), more=more: given(*clock) + more)
     for name in ("localtime", "gmtime", "ctime"):
         setattr(time, name, lambda when=None, given=getattr(time, name): given(time.time() if when is None else when))
     time.strftime = lambda pattern, when=None: strftime(pattern, when or time.localtime())

@@ -411,6 +411,8 @@ SYSTEM_ATTACKS = {
     "a_session_of_its_own": "os.setsid()",
     "outlive_the_server": "assert libc.prctl(1, 0, 0, 0, 0) == 0",  # no death with the parent any more
     "be_traced": "assert libc.ptrace(0, 0, 0, 0) == 0",
+    "trace_another": "assert libc.ptrace(16, {victim}, 0, 0) == 0",  # PTRACE_ATTACH, which stops it as well
+    "read_the_memory_of_another": "assert libc.process_vm_readv({victim}, None, 0, None, 0, 0) == 0",
     # signals
     "kill_another": "os.kill({victim}, signal.SIGKILL)",
     "stop_another": "os.kill({victim}, signal.SIGSTOP)",
@@ -425,13 +427,16 @@ SYSTEM_ATTACKS = {
 }
 
 
+VICTIM = "import ctypes, time; ctypes.CDLL(None).prctl(0x59616d61, ctypes.c_ulong(-1), 0, 0, 0); time.sleep(60)"  # may be traced by all
+
+
 @contextlib.contextmanager
 def world(folder):
     """A folder, a process and three sockets as targets; afterwards `unharmed` says whether an attack has left a trace."""
     folder.mkdir()
     (folder / "planted").write_text(SECRET)
     (folder / "planted_module.py").write_text("")
-    victim = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"], env={"SECRET": SECRET})
+    victim = subprocess.Popen([sys.executable, "-I", "-S", "-c", VICTIM], env={"SECRET": SECRET})
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp, \
             socket.socket(socket.AF_UNIX) as unix:
         udp.bind(("127.0.0.1", 0))
@@ -476,6 +481,20 @@ def test_neither_the_parent_nor_every_process_can_be_killed(jail, target):
     # Not shown to work: a bare process would end this test, or whatever else its user runs.
     outcome = run(jail, f"import os\nos.kill({target}, 9)")
     assert "PermissionError" in outcome.error
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_no_sibling_can_be_killed_or_stopped(jail, monkeypatch, number):
+    def siblings(jail):
+        """What becomes of a session when another of the same server signals its child."""
+        with jail.session(None) as sibling, jail.session(None) as attacker:
+            sibling.run("x = 1")
+            error = attacker.run(f"import os\nos.kill({sibling.pid}, {number})").error
+            return error, sibling.run("import time\nprint(x)").printed
+    assert "PermissionError" in siblings(jail)[0] and siblings(jail)[1] == "1\n"
+    monkeypatch.setattr("verify.MACHINES", {})
+    with Jail(seconds=1.0, allow_weak=True) as weak:  # without the filter of system calls
+        assert siblings(weak) == (None, "")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the other set of system calls is of x86-64")
@@ -818,6 +837,7 @@ def test_what_two_servers_agree_on_by_chance_four_others_may_not(jail):
 @pytest.mark.parametrize("holds", [
     "datetime.date.today().toordinal() % 2 == {day} % 2", "datetime.date.today().year >= 2024", "datetime.datetime.now().timestamp() < 4e9", "time.time() > 1.7e9",
     "int(time.time()) // 86_400 == {day}", "time.localtime().tm_year == {year}", "time.gmtime()[0] == {year}",
+    "time.clock_gettime(time.CLOCK_REALTIME) // 86_400 == {day}", "time.clock_gettime_ns(time.CLOCK_REALTIME) // 86_400_000_000_000 == {day}",
     "time.strftime('%Y') == '{year}'", "time.ctime().endswith('{year}')",
 ])
 def test_an_evaluation_that_follows_the_date_is_rejected(jail, holds):
