@@ -237,20 +237,13 @@ def observation(outcome: Outcome) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------
-# INSIDE THE JAIL: the walls, which are this chapter alone; the next one only talks (for a second reading)
+# INSIDE THE JAIL: the walls, which are this chapter alone, two pages; the next one only talks
 #
 # A fork server executes the text from here to OUTSIDE and nothing else of the project: with tools.py in its memory,
 # model-written code could compute the hidden states. It forks a child for each untrusted author.
 
 MEMORY_BYTES = 256 * 1024 * 1024  # of address space in a child
 PROCESSOR_SECONDS = 60            # in the life of a child; the parent sets a wall deadline to each action
-CLOCK_SECONDS = 11_575 * 86_400 + 7 * 3600 + 31 * 60 + 1  # by which clocks differ: decades, and odd in every unit
-
-# What code can import: a child cannot open files, so the server imports what a child may need.
-MODULES = """base64 bisect calendar cmath collections.abc copy ctypes dataclasses datetime decimal encodings.ascii
-    encodings.latin_1 enum fractions functools gc heapq inspect io itertools json linecache math numbers operator os
-    pprint random re resource signal socket statistics string struct sys textwrap time traceback types typing
-    unicodedata _strptime __future__""".split()
 
 # All that a child may ask of the kernel, by the numbers of x86-64 and aarch64. None of these calls takes a path
 # or makes a process or a descriptor; kill is missing, and so are fcntl and ioctl, by which a signal can be sent too.
@@ -319,13 +312,7 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
     Only a child returns from here, confined, with its channel: so no frame of this function is above the code it runs.
     """
     control, confine, children, server = socket.socket(fileno=descriptor), make_confine(strong), set(), os.getpid()
-    sys.path.clear()
-    os.environ.clear()
-    set_clock((seed - 1) * (-1)**(seed - 1) * CLOCK_SECONDS)  # into the future, or the past
-    rehearse()
-    sys.modules["__main__"] = types.ModuleType("__main__")  # where model-written code believes to be
-    sys.modules["__main__"].ToolError = Refusal
-    gc.freeze()  # or a collection in a child would touch, and so copy, the server's memory
+    prepare_server(seed)
     spare, channel = fork_child()
     try:
         while spare and len(request := control.recv(8)) == 8:  # in a child `spare` is 0
@@ -347,17 +334,6 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
     confine()
     random.seed(seed)
     return channel
-
-
-def set_clock(ahead: int) -> None:
-    """Let code of this process, and so of its children, see the date and the time of so many seconds ahead."""
-    strftime = time.strftime
-    for name in ("time", "time_ns", "clock_gettime", "clock_gettime_ns"):
-        more = ahead * 10**9 if name.endswith("_ns") else ahead
-        setattr(time, name, lambda *clock, given=getattr(time, name), more=more: given(*clock) + more)
-    for name in ("localtime", "gmtime", "ctime"):
-        setattr(time, name, lambda when=None, given=getattr(time, name): given(time.time() if when is None else when))
-    time.strftime = lambda pattern, when=None: strftime(pattern, when or time.localtime())
 
 
 def fork_child() -> tuple[int, int]:
@@ -384,6 +360,40 @@ ERROR_CHARACTERS = 1_000      # kept of a traceback, half of them at its beginni
 NESTING = 50                  # levels of lists and dicts in plain data
 LARGEST = 10**300             # number in plain data, as which an int can still become a float
 ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of an object, which differs from process to process
+CLOCK_SECONDS = 11_575 * 86_400 + 7 * 3600 + 31 * 60 + 1  # by which clocks differ: decades, and odd in every unit
+
+# What code can import: a child cannot open files, so the server imports what a child may need.
+MODULES = """base64 bisect calendar cmath collections.abc copy ctypes dataclasses datetime decimal encodings.ascii
+    encodings.latin_1 enum fractions functools gc heapq inspect io itertools json linecache math numbers operator os
+    pprint random re resource signal socket statistics string struct sys textwrap time traceback types typing
+    unicodedata _strptime __future__""".split()
+
+
+def prepare_server(seed: int) -> None:
+    """Make the server what each of its children is to begin as."""
+    sys.path.clear()
+    os.environ.clear()
+    set_clock((seed - 1) * (-1)**(seed - 1) * CLOCK_SECONDS)  # into the future, or the past
+    for code in ["print(len('rehearsal'))", "1 / 0"] * 10:  # what Python prepares in a first run, no child has to again
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            send(ours.fileno(), {"tools": ["tool"], "code": code, "arguments": None})
+            ours.shutdown(socket.SHUT_WR)
+            live(theirs.fileno())
+    sys.modules["__main__"] = types.ModuleType("__main__")  # where model-written code believes to be
+    sys.modules["__main__"].ToolError = Refusal
+    gc.freeze()  # or a collection in a child would touch, and so copy, the server's memory
+
+
+def set_clock(ahead: int) -> None:
+    """Let code of this process, and so of its children, see the date and the time of so many seconds ahead."""
+    strftime = time.strftime
+    for name in ("time", "time_ns", "clock_gettime", "clock_gettime_ns"):
+        more = ahead * 10**9 if name.endswith("_ns") else ahead
+        setattr(time, name, lambda *clock, given=getattr(time, name), more=more: given(*clock) + more)
+    for name in ("localtime", "gmtime", "ctime"):
+        setattr(time, name, lambda when=None, given=getattr(time, name): given(time.time() if when is None else when))
+    time.strftime = lambda pattern, when=None: strftime(pattern, when or time.localtime())
 
 
 def live(channel: int) -> None:
@@ -422,16 +432,6 @@ def call_evaluate(variables: dict, arguments: list) -> Any:
     except TypeError:
         arguments = []
     return evaluate(*arguments)
-
-
-def rehearse() -> None:
-    """Run some code before any child does: what Python prepares in a first run, no child has to prepare again."""
-    for code in ["print(len('rehearsal'))", "1 / 0"] * 10:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            send(ours.fileno(), {"tools": ["tool"], "code": code, "arguments": None})
-            ours.shutdown(socket.SHUT_WR)
-            live(theirs.fileno())
 
 
 class Printed(io.StringIO):

@@ -27,8 +27,7 @@ CODE = "x = 1"
 AMOUNT = make_environment("calculator", 3).state["tea"]
 CODE_WITH_A_TOOL = "result = amount('tea')\nprint(result)"
 FLOOR = """
-rehearse()
-gc.freeze()
+prepare_server(1)
 def cycle():
     pid = os.fork()
     if pid == 0:

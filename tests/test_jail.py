@@ -1071,6 +1071,12 @@ def test_servers_that_keep_ending_are_a_sentence(jail, monkeypatch):
     assert run(jail, "print(1)").printed == "1\n"
 
 
+def test_windows_is_sent_to_wsl(monkeypatch):
+    monkeypatch.delattr(os, "fork")
+    with pytest.raises(JailError, match="WSL"):
+        Jail()
+
+
 def test_where_calls_cannot_be_filtered_a_flag_is_needed(monkeypatch):
     monkeypatch.setattr("verify.MACHINES", {})  # a processor whose system calls have numbers that are not known here
     with pytest.raises(JailError, match="--allow-weak-jail"):
