@@ -22,7 +22,6 @@ the code that a model writes never sees a reference answer.
 Read next: selfchallenge.py, which measures before and after training; before: rl.py, which plays the episodes.
 """
 import argparse
-import builtins
 import json
 import math
 import os
@@ -36,7 +35,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from keyword import iskeyword
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, stdev
@@ -53,7 +51,7 @@ from tqdm import tqdm
 from rl import Help, Policy, add_rollout_options, advice_on_memory, append_lines, executor, in_a_sentence, load_policy
 from rl import natural, positive, prepare, read_tasks, record, rollout, rollout_limits, seeded, verdict_on, versions
 from tools import ENVIRONMENTS, BenchmarkEnvironment, make_environment
-from verify import CodeAsTask, FormatError, Jail, TaskError, guarded, parse_step, what_is_left
+from verify import CodeAsTask, Jail, TaskError, guarded, what_is_left
 
 SUITES = ("calculator", "shop")  # the toy suites, which need no download
 PAPER_MODELS = ["Llama-3.1-8B-Instruct", "... after self-challenging", "... one model for all",
@@ -561,7 +559,8 @@ def transcript(t: dict) -> str:
     reward = t["reward"]  # None: it does not count
     verdict = "no reward" if reward is None else f"{'✓' if reward else '✗'} reward {reward:g}"
     mark = fill("<b class={}>{}</b> ", ("c2" if reward else "c1", verdict))
-    greedy, tools = ", greedy" * t.get("greedy", False), tools_called(t["messages"]) or "none"
+    greedy, called = ", greedy" * t.get("greedy", False), t.get("tools", {}).items()
+    tools = ", ".join(name + (f" × {number}" if number > 1 else "") for name, number in called) or "none"
     parts = ((message["role"], message["content"]) for message in t["messages"])
     return card(f"{t['phase']}: {t['instruction']}", f"{t['env']}, {t['status']}{greedy}; tools: {tools}", parts, mark)
 
@@ -576,18 +575,6 @@ def chosen_trajectories(trajectories: list[dict]) -> list[dict]:
     pairs = {t["env"]: [failures[task(t)], t] for t in solved}
     chosen = [t for pair in pairs.values() for t in pair]
     return chosen + [t for t in phases.values() if t not in chosen]
-
-
-def tools_called(messages: list[dict]) -> str:
-    """Return which functions an episode's actions call, other than Python's own, and how often: "amount, add × 2"."""
-    calls: Counter = Counter()
-    for message in messages:
-        with suppress(FormatError):  # what cannot be read was not run
-            step = parse_step(message["content"])
-            if message["role"] == "assistant" and step.kind == "action":
-                calls.update(re.findall(r"(?<![\w.])(?<!def )[^\W\d]\w*(?=\()", step.content))
-    tools = {name: number for name, number in calls.items() if not (hasattr(builtins, name) or iskeyword(name))}
-    return ", ".join(name + (f" × {number}" if number > 1 else "") for name, number in tools.items())
 
 
 # The colours, which suit all kinds of colour vision, and what a drawing needs: for tests/figures.py, too.

@@ -944,7 +944,8 @@ def record(phase: str, step: int | None, episode: Episode) -> dict:
     instruction = task.instruction if task else episode.messages[1]["content"]
     reward = None if math.isnan(episode.reward) else episode.reward  # None: it does not count
     return {"phase": phase, "step": step, "env": episode.env, "seed": episode.seed, "instruction": instruction,
-            "reward": reward, "status": episode.status, "messages": episode.messages[1:]}
+            "reward": reward, "status": episode.status, "tools": dict(episode.session.called),
+            "messages": episode.messages[1:]}
 
 
 def read_tasks(path: Path) -> Iterator[CodeAsTask]:

@@ -42,7 +42,7 @@ import threading
 import time
 import traceback
 import types
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Callable, Iterable, Iterator
@@ -672,6 +672,7 @@ class Session(contextlib.AbstractContextManager):
     def __init__(self, jail: Jail, environment: Environment | None, replica: int):
         self.jail, self.environment, self.replica = jail, environment, replica
         self.channel: socket.socket | None = None  # to the child, while there is one
+        self.called: Counter[str] = Counter()  # the tools that its code has called, and how often
         self.close()
 
     def __exit__(self, *exception: Any) -> None:
@@ -795,6 +796,8 @@ class Session(contextlib.AbstractContextManager):
         try:
             if self.environment is None or calls > TOOL_CALLS:
                 raise ToolError(f"an action can make {TOOL_CALLS:,} tool calls at most")
+            if name in self.environment.tools:
+                self.called[name] += 1
             result = self.environment.call(name, arguments, keywords)
         except ToolError as refusal:
             return pack({"refusal": str(refusal)[:ERROR_CHARACTERS // 2]})

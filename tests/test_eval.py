@@ -168,7 +168,7 @@ def made_up_run(folder: Path, text: str) -> Path:
     """Write a run's files with `text` wherever a text may stand."""
     numbers = evaluation.summarize(REWARDS, GREEDY) | {"nothing": 0.0, "reference": 1.0}
     code = {"env": text, "seed": 3, "instruction": text, "evaluate": text, "solution": text, "failures": [text] * 3}
-    trajectory = {"step": None, "env": text, "seed": 3, "instruction": text, "status": text, "greedy": True,
+    trajectory = {"step": None, "env": text, "seed": 3, "instruction": text, "status": text, "greedy": True, "tools": {text: 2},
                   "messages": [{"role": text, "content": text},
                                {"role": "assistant", "content": f"ACTION:\ncall({text!r})\nEND ACTION"}]}
     files = {
@@ -246,7 +246,7 @@ def test_report_is_well_formed_and_has_every_section(tmp_path):
     for heading in ("Held-out tasks", "The filter", "Learning curve", "Tasks that were kept", "Transcripts", "Time"):
         assert heading in page.text
     assert page.text.count("words, seed 3") == 6  # six of the nine tasks are shown
-    assert "✓ reward 1" in page.text and "✗ reward 0" in page.text and "tools: call" in page.text
+    assert "✓ reward 1" in page.text and "✗ reward 0" in page.text and "tools: words × 2" in page.text
     assert "100.2 s" in page.text and "0.50 GiB" in page.text
     assert "before: words" in page.text and "after: words" in page.text
     assert "50.0 ± 22.8" in page.text
@@ -306,14 +306,10 @@ def test_report_survives_random_text(tmp_path):
     assert set(page.elements) <= ELEMENTS
 
 
-def test_the_tools_that_an_episode_called():
-    def said(action, role="assistant"):
-        return {"role": role, "content": f"THOUGHT: I call think() END THOUGHT\nACTION:\n{action}\nEND ACTION"}
-
-    messages = [said('x = amount("rope")\nprint(add(amount("tea"), len(str(x))))'), said("view()", "user"),
-                said("def own(): pass\nx.join(y)"),
-                {"role": "assistant", "content": "unread() END ACTION"}, {"role": "assistant", "content": "ANSWER: late(1) END ANSWER"}]
-    assert evaluation.tools_called(messages) == "amount × 2, add"
+def test_a_transcript_names_the_tools_that_were_called():
+    t = {"phase": "after", "env": "shop", "instruction": "?", "reward": 1.0, "status": "answered", "messages": []}
+    assert "tools: amount × 2, add<" in evaluation.transcript({**t, "tools": {"amount": 2, "add": 1}})
+    assert "tools: none<" in evaluation.transcript(t)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1184,3 +1184,12 @@ def test_the_limits_of_a_child_are_those_of_the_kernel_too(jail):
     for name, most in [("open files", 16), ("file size", 0), ("core file size", 0), ("address space", 256 * 2**20), ("cpu time", 60)]:
         assert re.search(rf"Max {name} +{most} +{most} ", limits), limits
     assert "NoNewPrivs:\t1" in status and (not jail.strong or "Seccomp:\t2" in status)
+
+
+def test_a_session_counts_the_tools_that_its_code_calls_also_where_the_jail_remembers_the_replies():
+    with Jail() as jail:
+        for _ in range(2):
+            with jail.session(make_environment("calculator", 10)) as session:
+                session.run("for _ in range(3): amount('tea')\nsoon = items")
+                session.run("soon(); amount('milk'); items()")  # the second call is refused, so the third is not made
+                assert session.called == {"amount": 4, "items": 1}
