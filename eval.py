@@ -392,6 +392,8 @@ def page_parts(run: dict[str, Any], groups: dict[str, list[dict]]) -> dict[str, 
     if summary:
         minutes, memory = sum(seconds.values()) / 60, summary.get("peak_memory_bytes", 0) / 2**30
         state = f"{minutes:.1f} minutes, {memory:.2f} GiB at its peak"
+    others = sum(map(len, groups.values())) - 1
+    state += f"; compared with {others} other run{'s' * (others > 1)}" if others else ""
     named = (Path(run["path"]).name, config.get("model", "?"), config.get("seed", "?"), state)
     counts = summary.get("filter") or {**Counter(line["stage"] for line in run["rejected"]), "ok": len(tasks)}
     first, last = (metrics[0], metrics[-1]) if metrics else ({}, {})
@@ -417,7 +419,8 @@ def page_parts(run: dict[str, Any], groups: dict[str, list[dict]]) -> dict[str, 
 
 def fill(pattern: str, *rows: Iterable[object]) -> str:
     """Return a pattern of HTML for each row, its values in it as text. All that a model wrote is escaped here."""
-    texts = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
+    texts = [["–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value) for value in row]
+             for row in rows]
     return "".join(pattern.format(*map(escape, row)) for row in texts)
 
 
@@ -468,9 +471,9 @@ def results_section(groups: dict[str, list[dict]]) -> str:
     head = legend((classes, name) for classes, name, _ in series) + f"<div class=charts>{charts}</div>"
     if sum(map(len, groups.values())) > 1:
         each = table(["run", "seed", "group", *COLUMNS], rows)
-        note = ("Bars are means over the runs of a group, ± is over its runs if it has several. Below, all but the "
-                "learning curve is about the run named above.")
-        return f"{head}<details><summary>Each run</summary>{each}</details><p class=note>{note}</p>"
+        note = ("Here bars are means over the runs of a group, and ± is over its runs if it has several. Below, all "
+                "but the learning curve is about the run named above.")
+        return f"<p class=note>{note}</p>{head}<details><summary>Each run</summary>{each}</details>"
     return head + table(COLUMNS, [row[3:] for row in rows]) if charts else ""
 
 
@@ -499,13 +502,13 @@ def survivors(counts: dict[str, int]) -> list[tuple[str, str, float, float, str]
 
 
 def rejections(rejected: list[dict]) -> str:
-    """An example of every kind of rejection, the most frequent first."""
-    kinds: dict[str, list[dict]] = {}  # a kind: the same stage, and the same first words but for numbers
+    """An example of every kind of rejection, the most frequent first: of reasons that differ in numbers only."""
+    kinds: dict[str, list[tuple[str, dict]]] = {}
     for line in rejected:
-        reason = shorten(line["reason"].split("\n")[0].rstrip(":"), 80, placeholder=" …")
-        kinds.setdefault(f"{line['stage']}: {re.sub('[0-9]+', 'N', reason)}", []).append(line)
-    frequent = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
-    return "".join(card(kind, f"× {len(lines)}", task_parts(lines[0])) for kind, lines in frequent)
+        title = f"{line['stage']}: {shorten(line['reason'].partition(chr(10))[0].rstrip(':'), 80, placeholder=' …')}"
+        kinds.setdefault(re.sub("[0-9]+", "N", title), []).append((title, line))
+    frequent = sorted(kinds.values(), key=len, reverse=True)
+    return "".join(card(title, f"× {len(alike)}", task_parts(line)) for alike in frequent for title, line in alike[:1])
 
 
 def task_parts(task: dict) -> list[tuple[str, object]]:
@@ -604,7 +607,11 @@ h3 { margin: 1.75rem 0 .5rem; font-size: 1rem; } h4 { margin: .9rem 0 .25rem; fo
 .note, small, .legend { color: var(--quiet); font-size: .88rem; } .note { margin: .3rem 0 1.1rem; }
 figure, details { margin: .6rem 0; padding: .65rem .95rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; } figcaption { margin-bottom: .4rem; } summary b { color: var(--colour); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: min(.88rem, 3vw);
+.wide { margin-top: 1rem; overflow-x: auto; background: /* a shadow at the edge behind which there is more */
+  linear-gradient(90deg, var(--page) 1rem, transparent 2rem) local,
+  linear-gradient(270deg, var(--page) 1rem, transparent 2rem) local,
+  linear-gradient(90deg, var(--line), transparent 1rem), linear-gradient(270deg, var(--line), transparent 1rem); }
+details .wide { --page: var(--card); } table { border-collapse: collapse; width: 100%; font-size: min(.88rem, 3vw);
   white-space: nowrap; } th, td { padding: .4rem .8em .4rem 0; border-bottom: 1px solid var(--line); text-align: left; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 0 1rem; }
 .charts p { margin: .4rem 0; } svg { display: block; } .legend span { display: inline-block; margin-right: .9rem; }
@@ -614,13 +621,15 @@ figure .bars > :is(span:not(.track, :empty, :first-child), span:not(.track, :emp
   span:not(.track, :empty, :first-child) + .track + b) { margin-top: .6rem; }
 .track { position: relative; height: .85rem; border-radius: 4px; background: var(--line); }
 .track i { display: block; width: calc(100% * var(--length)); }
-s { position: absolute; left: calc(100% * (var(--length) - var(--error))); top: .4rem;
-  width: calc(200% * var(--error)); border-top: 1.5px solid var(--ink); }
+s { position: absolute; left: calc(100% * (var(--length) - var(--error))); top: .3rem; height: .25rem;
+  width: calc(200% * var(--error)); border: solid var(--card); border-width: 1px 0; background: var(--ink); }
 pre { margin: 0; padding: .65rem .8rem; border-radius: 6px; background: var(--page); white-space: pre-wrap;
   font: .83rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
+.bars + details { margin-top: 1.5rem; } @page { margin: 15mm 12mm; }
 @media print { :root { --page: #fff; } body { max-width: none; padding: 0; } pre { border: 1px solid var(--line); }
   .wide { overflow: visible; } table { white-space: normal; font-size: .75rem; } th { overflow-wrap: normal; }
-  h2, h3, h4, summary, .note, .legend { break-after: avoid; } figure, tr, .note, summary, pre { break-inside: avoid; }
+  h2, h3, h4, summary, .note, .legend { break-after: avoid; }
+  figure, tr, .note, .bars, summary, pre { break-inside: avoid; }
   details::details-content { content-visibility: visible; block-size: auto; } }
 </style>
 <h1>Self-challenging run</h1>
@@ -636,6 +645,7 @@ model's tasks on Retail the paper kept 5 %. Many duplicates mean that the challe
 --no-filter nothing is rejected but what cannot be read, held-out tasks and duplicates.)</p>
 $funnel
 <h3>Why tasks were rejected</h3>
+<p class=note>An example of each kind, and how many of its kind there were.</p>
 $rejections
 <h2>Learning curve</h2>
 <p class=note>On the training tasks; whether it carries over to unseen ones is what the held-out suites say. Thin lines

@@ -580,7 +580,7 @@ def test_the_report_of_a_run_that_is_not_finished_counts_its_files(tmp_path):
     text = Page(evaluation.write_report(tmp_path)).text
     assert "attempts16" in text.replace("\n", "") and "15 (94%)" in text and "12 (75%)" in text
     assert [number for number in range(12) if f"task {number}." in text] == [0, 2, 4, 6, 8, 10]
-    assert text.index("runs: line N × 3") < text.index("parse: no tags × 1")
+    assert text.index("runs: line 0 × 3") < text.index("parse: no tags × 1")
     assert "reward 0 → 0.75" in text
 
 
