@@ -909,6 +909,9 @@ def train(
         yield metrics, [record("train", step, episode) for episode in episodes]
 
 
+# ---------------------------------------------------------------------------------------------------
+# what the scripts share: limits, options that agree, files, versions (for a second reading)
+
 def rollout_limits(options) -> dict:
     """The limits of a rollout among a run's options, and who plays the users."""
     user = endpoint_model(options.user_endpoint, options.user_model) if options.user_endpoint else None

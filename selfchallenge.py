@@ -131,56 +131,6 @@ change_quantity(find_order(customer, "book"), 5)""",
                   'customer = find_customer("Hugo")\n'
                   'cancel_order(find_order(customer, "book"))\n'
                   'change_quantity(find_order(customer, "clock"), 5)']),
-    CodeAsTask(
-        "calculation", 2,
-        "Forty crates of moon dust sell at 12.5 credits each. Convert the total at a rate of 1.5 and add a tariff of "
-        "6 percent of the converted price. What does the trade come to?",
-        evaluate="def evaluate(answer):\n    return isinstance(answer, (int, float)) and abs(answer - 795) < 0.01",
-        solution="""price = convert_currency(40 * 12.5, 1.5)
-result = estimate_final_value(price, calculate_tariff(price, 6))""",
-        failures=["result = convert_currency(40 * 12.5, 1.5)",
-                  "price = convert_currency(40 * 12.5, 1.5)\n"
-                  "result = estimate_final_value(price, calculate_tariff(500, 6))",
-                  "price = convert_currency(40 * 12.5, 1.5)\nresult = estimate_final_value(price, 6)"]),
-    CodeAsTask(
-        "web", 0, "On which day does the lighthouse close first? Answer with the name of the day.",
-        evaluate='def evaluate(answer):\n    return str(answer).strip().lower() == "sunday"',
-        solution="""click_url("lighthouse-hours")
-hours = {}
-for line in (view() + scroll_down()).splitlines():
-    if " closes at " in line:
-        day, hour = line.split(" closes at ")
-        hours[day] = float(hour)
-result = [day for day in hours if hours[day] == calculator(str(sorted(hours.values())[0]))][0]""",
-        failures=['click_url("lighthouse-hours")\nresult = "Monday"',
-                  'click_url("lighthouse")\nresult = view().splitlines()[0]',
-                  'result = "It closes first on a day in winter"']),
-    CodeAsTask(
-        "retail", 0,
-        "You no longer need the desk lamp that you have ordered and want that order cancelled. Your other order, with "
-        "the tea kettle, has not left yet: it should go to 7 Mill Lane, Suite 2, Denver, CO, 80201, USA. You are in a "
-        "hurry.",
-        evaluate="""def evaluate():
-    lamp, kettle = get_order_details("#W0000001"), get_order_details("#W0000002")
-    return lamp["status"] == "cancelled" and kettle["status"] == "pending" and kettle["address"]["zip"] == "80201\"""",
-        solution="""cancel_pending_order("#W0000001", "no longer needed")
-modify_pending_order_address("#W0000002", "7 Mill Lane", "Suite 2", "Denver", "CO", "USA", "80201")""",
-        failures=['cancel_pending_order("#W0000001", "no longer needed")',
-                  'cancel_pending_order("#W0000002", "no longer needed")',
-                  'cancel_pending_order("#W0000001", "no longer needed")\nmodify_pending_order_address('
-                  '"#W0000002", "7 Mill Lane", "Suite 2", "Denver", "CO", "USA", "80210")']),
-    CodeAsTask(
-        "airline", 0,
-        "You want to cancel your business trip to Boston, because your plans have changed. For your flight to Seattle "
-        "you want two checked bags in all, of which one is not free; pay with the card that you have used for it.",
-        evaluate="def evaluate():\n"
-                 '    boston, seattle = get_reservation_details("AAAAA1"), get_reservation_details("AAAAA2")\n'
-                 '    return boston.get("status") == "cancelled" and seattle["total_baggages"] == 2 '
-                 'and seattle["nonfree_baggages"] == 1',
-        solution='cancel_reservation("AAAAA1")\nupdate_reservation_baggages("AAAAA2", 2, 1, "credit_card_0000001")',
-        failures=['cancel_reservation("AAAAA1")',
-                  'update_reservation_baggages("AAAAA2", 2, 1, "credit_card_0000001")',
-                  'cancel_reservation("AAAAA2")\nupdate_reservation_baggages("AAAAA1", 2, 1, "credit_card_0000001")']),
 ]}
 
 
@@ -496,6 +446,63 @@ def sort_out(episode: Challenger, kept: list[tuple[str, set[str]]], held_out: li
     else:
         return told
     return {**vars(task), "stage": stage, "reason": reason}
+
+
+# ---------------------------------------------------------------------------------------------------
+# worked examples for the challenger in the paper's four worlds (for a second reading)
+
+EXAMPLES |= {example.env: example for example in [
+    CodeAsTask(
+        "calculation", 2,
+        "Forty crates of moon dust sell at 12.5 credits each. Convert the total at a rate of 1.5 and add a tariff of "
+        "6 percent of the converted price. What does the trade come to?",
+        evaluate="def evaluate(answer):\n    return isinstance(answer, (int, float)) and abs(answer - 795) < 0.01",
+        solution="""price = convert_currency(40 * 12.5, 1.5)
+result = estimate_final_value(price, calculate_tariff(price, 6))""",
+        failures=["result = convert_currency(40 * 12.5, 1.5)",
+                  "price = convert_currency(40 * 12.5, 1.5)\n"
+                  "result = estimate_final_value(price, calculate_tariff(500, 6))",
+                  "price = convert_currency(40 * 12.5, 1.5)\nresult = estimate_final_value(price, 6)"]),
+    CodeAsTask(
+        "web", 0, "On which day does the lighthouse close first? Answer with the name of the day.",
+        evaluate='def evaluate(answer):\n    return str(answer).strip().lower() == "sunday"',
+        solution="""click_url("lighthouse-hours")
+hours = {}
+for line in (view() + scroll_down()).splitlines():
+    if " closes at " in line:
+        day, hour = line.split(" closes at ")
+        hours[day] = float(hour)
+result = [day for day in hours if hours[day] == calculator(str(sorted(hours.values())[0]))][0]""",
+        failures=['click_url("lighthouse-hours")\nresult = "Monday"',
+                  'click_url("lighthouse")\nresult = view().splitlines()[0]',
+                  'result = "It closes first on a day in winter"']),
+    CodeAsTask(
+        "retail", 0,
+        "You no longer need the desk lamp that you have ordered and want that order cancelled. Your other order, with "
+        "the tea kettle, has not left yet: it should go to 7 Mill Lane, Suite 2, Denver, CO, 80201, USA. You are in a "
+        "hurry.",
+        evaluate="""def evaluate():
+    lamp, kettle = get_order_details("#W0000001"), get_order_details("#W0000002")
+    return lamp["status"] == "cancelled" and kettle["status"] == "pending" and kettle["address"]["zip"] == "80201\"""",
+        solution="""cancel_pending_order("#W0000001", "no longer needed")
+modify_pending_order_address("#W0000002", "7 Mill Lane", "Suite 2", "Denver", "CO", "USA", "80201")""",
+        failures=['cancel_pending_order("#W0000001", "no longer needed")',
+                  'cancel_pending_order("#W0000002", "no longer needed")',
+                  'cancel_pending_order("#W0000001", "no longer needed")\nmodify_pending_order_address('
+                  '"#W0000002", "7 Mill Lane", "Suite 2", "Denver", "CO", "USA", "80210")']),
+    CodeAsTask(
+        "airline", 0,
+        "You want to cancel your business trip to Boston, because your plans have changed. For your flight to Seattle "
+        "you want two checked bags in all, of which one is not free; pay with the card that you have used for it.",
+        evaluate="def evaluate():\n"
+                 '    boston, seattle = get_reservation_details("AAAAA1"), get_reservation_details("AAAAA2")\n'
+                 '    return boston.get("status") == "cancelled" and seattle["total_baggages"] == 2 '
+                 'and seattle["nonfree_baggages"] == 1',
+        solution='cancel_reservation("AAAAA1")\nupdate_reservation_baggages("AAAAA2", 2, 1, "credit_card_0000001")',
+        failures=['cancel_reservation("AAAAA1")',
+                  'update_reservation_baggages("AAAAA2", 2, 1, "credit_card_0000001")',
+                  'cancel_reservation("AAAAA2")\nupdate_reservation_baggages("AAAAA1", 2, 1, "credit_card_0000001")']),
+]}
 
 
 # ---------------------------------------------------------------------------------------------------
