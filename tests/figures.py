@@ -27,7 +27,7 @@ def picture(title: str, drawing: str, height: int, entries: list[tuple[str, str]
         y = height + 14 + 18 * row
         drawing += f"\n<rect class='{classes}' x='14' y='{y - 9}' width='11' height='11' rx='2'/>" if classes else ""
         drawing += f"<text class='left' x='{31 if classes else 14}' y='{y}'>{escape(text)}</text>"
-    size = f"viewBox='0 -22 348 {height + 30 + 18 * len(entries)}' width='522'"
+    size = f"viewBox='0 -22 348 {height + 30 + 18 * len(entries)}' width='400'"
     return (f"<svg xmlns='http://www.w3.org/2000/svg' {size} role='img' aria-label='{escape(title)}'>\n<style>\n{DRAWN}\n"
             "svg .left { text-anchor: start; } svg .title { fill: var(--ink); font-size: 12px; font-weight: 600; }\n"
             ".track { fill: var(--line); } .error { stroke: var(--ink); stroke-width: 1.3; }\n</style>\n"
