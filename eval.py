@@ -32,7 +32,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from html import escape
 from operator import itemgetter
@@ -49,9 +48,9 @@ import torch
 from tqdm import tqdm
 
 from rl import Help, Policy, add_rollout_options, advice_on_memory, append_lines, executor, in_a_sentence, load_policy
-from rl import natural, positive, prepare, read_tasks, record, rollout, rollout_limits, seeded, verdict_on, versions
+from rl import natural, positive, prepare, read_tasks, record, rollout, rollout_limits, seeded, versions
 from tools import ENVIRONMENTS, BenchmarkEnvironment, make_environment
-from verify import CodeAsTask, Jail, TaskError, guarded, what_is_left
+from verify import BenchmarkTask, Jail, Task, TaskError, guarded, verdict_on, what_is_left
 
 SUITES = ("calculator", "shop")  # the toy suites, which need no download
 PAPER_MODELS = ["Llama-3.1-8B-Instruct", "... after self-challenging", "... one model for all",
@@ -62,20 +61,6 @@ PAPER = {  # table 1 of the paper, a pair for each of these models: Pass@1 avera
     "retail": [(0.089, 0.157), (0.130, 0.252), (0.113, 0.235), (0.289, 0.487), (0.346, 0.565)],
     "airline": [(0.025, 0.100), (0.042, 0.100), (0.042, 0.100), (0.067, 0.233), (0.092, 0.200)],
 }
-
-
-@dataclass(frozen=True)
-class BenchmarkTask:
-    """A held-out task of a benchmark, which judges it by its own rules; the reference stays with the environment."""
-
-    env: str
-    seed: int
-    instruction: str
-    number: int  # among the environment's `held_out`
-    group: str   # a row of its own in the table, such as a domain of Calculation; "" for none
-
-
-Task = CodeAsTask | BenchmarkTask
 
 
 def load_suite(name: str, airline: str = "paper") -> list[Task]:

@@ -61,8 +61,8 @@ from transformers.utils import logging as transformers_logging
 
 from tools import AGENT_TOKENS, ENVIRONMENTS, STOP, TINY, Environment, endpoint_model, load_benchmarks
 from tools import make_environment, open_conversation, spoken
-from verify import CodeAsTask, FormatError, Jail, TaskError, Verdict, add_common_options
-from verify import evaluate, guarded, observation, parse_step, read_lines
+from verify import CodeAsTask, FormatError, Jail, Task, TaskError, add_common_options
+from verify import guarded, observation, parse_step, read_lines, verdict_on
 
 transformers_logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt when there is no network
@@ -283,20 +283,13 @@ Tools:
 {documentation}"""
 
 
-def verdict_on(jail: Jail, task: Any, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
-    """Return the verdict of a task's evaluation or, where it is an eval.BenchmarkTask, of the benchmark's own rules."""
-    if isinstance(task, CodeAsTask):
-        return evaluate(jail, task, environment, answer, replica)
-    return Verdict(environment.passes(task.number, answer))
-
-
 class Executor(Episode):
     """The executor's episode: it gets an instruction, acts, answers, and is rewarded with 0 or 1, by `verdict_on`."""
 
     max_steps = MAX_STEPS
     when, answer_is = "the task is done", "the final answer alone, a list or dict as JSON; or the word done"
 
-    def __init__(self, jail: Jail, task: Any):
+    def __init__(self, jail: Jail, task: Task):
         super().__init__(jail, task.env, task.seed)
         self.task, self.final = task, None  # the final answer
         prompt = EXECUTOR_PROMPT.format(
@@ -488,7 +481,7 @@ class SupportAgent(Executor):
     when = "you want to say something to the customer"
     answer_is = "your message; when all is settled, the customer ends it"
 
-    def __init__(self, jail: Jail, task: Any):
+    def __init__(self, jail: Jail, task: Task):
         super().__init__(jail, task)
         del self.messages[1]  # the instruction
         self.conversation, self.said, self.asks = open_conversation(task.instruction), [], True
@@ -519,7 +512,7 @@ class SupportAgent(Executor):
         super().answer(self.said)
 
 
-def executor(jail: Jail, task: Any) -> Executor:
+def executor(jail: Jail, task: Task) -> Executor:
     """Return the executor's episode of a task, in a conversation where its world has users."""
     return (SupportAgent if ENVIRONMENTS[task.env].talks else Executor)(jail, task)
 

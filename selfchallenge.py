@@ -37,12 +37,12 @@ if __name__ == "__main__":  # while the libraries load: seconds, in which they m
 import torch
 from tqdm import tqdm
 
-from eval import BenchmarkTask, SUITES, SURVIVED, evaluate_policy, format_table, load_suite, setting_of, write_report
+from eval import SUITES, SURVIVED, evaluate_policy, format_table, load_suite, setting_of, write_report
 from rl import Episode, Help, Policy, add_training_options, advice_on_memory, append_lines, in_a_sentence
 from rl import load_policy, make_optimizer, natural, positive, prepare, record, rollout
 from rl import rollout_limits, save_adapter, seeded, train, versions
 from tools import AGENT_TOKENS, ENVIRONMENTS, Environment, endpoint_model, make_environment
-from verify import CodeAsTask, Jail, Judgement, TaskError, guarded, judge, parse_task
+from verify import CodeAsTask, Jail, Judgement, Task, TaskError, guarded, judge, parse_task
 
 # ---------------------------------------------------------------------------------------------------
 # the challenger
@@ -200,7 +200,7 @@ def challenger_prompt(environment: Environment) -> str:
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
-def about(task: CodeAsTask | BenchmarkTask) -> set[str]:
+def about(task: Task) -> set[str]:
     """What a held-out task is about: its `parameters`, or all words of a benchmark's, and of one that names nothing."""
     named = parameters(task) if isinstance(task, CodeAsTask) else set()
     return named or words(task.instruction)

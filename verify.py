@@ -106,6 +106,20 @@ class CodeAsTask:
         return task
 
 
+@dataclass(frozen=True)
+class BenchmarkTask:
+    """A held-out task of a benchmark, which judges it by its own rules; the reference stays with the environment."""
+
+    env: str
+    seed: int
+    instruction: str
+    number: int  # among the environment's `held_out`
+    group: str   # a row of its own in the table, such as a domain of Calculation; "" for none
+
+
+Task = CodeAsTask | BenchmarkTask
+
+
 def check_form(task: CodeAsTask) -> None:
     """Raise TaskError at stage "parse" unless each part of the task has the right type and size."""
     if not isinstance(task.env, str) or task.env not in ENVIRONMENTS:
@@ -873,6 +887,13 @@ def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any
         return Verdict(False, f"evaluate returned {str(outcome.value)[:80]!r} instead of True or False")
     return Verdict(outcome.value is True, outcome.error)
     ### END SOLUTION
+
+
+def verdict_on(jail: Jail, task: Task, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
+    """Return the verdict of a task's evaluation or, of a benchmark's task, that of the benchmark's own rules."""
+    if isinstance(task, BenchmarkTask):
+        return Verdict(environment.passes(task.number, answer))
+    return evaluate(jail, task, environment, answer, replica)
 
 
 def what_is_left(jail: Jail, task: CodeAsTask, replica: int, what: str, code: str) -> tuple[Environment, Any]:
