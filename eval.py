@@ -185,21 +185,21 @@ def evaluate_policy(
         baselines = play_baselines(jail, tasks)
         sampled = [(False, number, trial) for number in range(len(tasks)) for trial in range(trials)]
         greedy = [(True, number, 0) for number in range(len(tasks))]
+        waves = [(first, places[first:first + parallel])
+                 for places in (sampled, greedy) for first in range(0, len(places), parallel)]
         lines = {(line["greedy"], line["task"], line["trial"]): line for line in finished if line["env"] == suite}
         if isinstance(policy, str):
             lines = {place: {"reward": float(baselines[policy][place[1]])} for place in sampled + greedy}
         with tqdm(total=len(sampled + greedy), desc=f"{label} {suite}", unit="episode", dynamic_ncols=True) as bar:
-            for places in (sampled, greedy):
-                for first in range(0, len(places), parallel):
-                    wave = places[first:first + parallel]
-                    if all(place in lines for place in wave):
-                        bar.update(len(wave))
-                        continue
-                    generator = seeded(policy.device, seed, "evaluate", suite, first)
-                    played = play_wave(policy, jail, tasks, wave, generator, label, bar=bar, **limits)
-                    new = {place: line for place, line in zip(wave, played) if place not in lines}
-                    write(list(new.values()))
-                    lines |= new
+            for first, wave in waves:
+                if all(place in lines for place in wave):
+                    bar.update(len(wave))
+                    continue
+                generator = seeded(policy.device, seed, "evaluate", suite, first)
+                played = play_wave(policy, jail, tasks, wave, generator, label, bar=bar, **limits)
+                new = {place: line for place, line in zip(wave, played) if place not in lines}
+                write(list(new.values()))
+                lines |= new
         results[suite] = numbers_of(tasks, baselines, [lines[place] for place in sampled + greedy])
     return results
 

@@ -59,7 +59,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from tools import AGENT_TOKENS, ENVIRONMENTS, STOP, TINY, Environment, endpoint_model, load_benchmarks
+from tools import AGENT_TOKENS, ENVIRONMENTS, STOP, TINY, endpoint_model, load_benchmarks
 from tools import make_environment, open_conversation, spoken
 from verify import CodeAsTask, FormatError, Jail, Task, TaskError, add_common_options
 from verify import guarded, observation, parse_step, read_lines, verdict_on
@@ -242,7 +242,7 @@ class Episode:
         raise NotImplementedError
 
     def step(self, text: str) -> str | None:
-        """Take the agent's turn; return the next observation, or None at the end of the episode."""
+        """Take the agent's turn; return the next observation, None at the end, or "" if a user is to speak first."""
         self.steps += 1
         try:
             step = parse_step(text)
@@ -250,7 +250,7 @@ class Episode:
         except FormatError as reminder:
             reply = str(reminder)
         if reply is None or self.steps < self.max_steps:
-            return reply and f"Observation:\n{reply}"  # "": none yet, for a user is to speak first (SupportAgent)
+            return reply and f"Observation:\n{reply}"
         self.status, self.asks = "out of steps", False
         return None
 
@@ -357,7 +357,7 @@ def rollout(
     turns = (written_turns(policy, running, model, context) if model is not None else
              sampled_turns(policy, running, generator, temperature, parallel, turn_tokens, context))
     for ended in turns:
-        take_steps(policy, [t for t in ended if not t.over], user, context)
+        take_steps(policy, [t for t in ended if not t.over], user, context)  # over: another model has failed
         if bar is not None:
             bar.update(sum(t.over for t in ended))
     return trajectories
@@ -365,7 +365,7 @@ def rollout(
 
 def begin(policy: Policy, episodes: list[Episode], user: Speaker) -> list[Trajectory]:
     """Return the trajectories of episodes that have not begun: their prompts, in which a user may speak first."""
-    for episode, first in hear_users(episodes, user).items():
+    for episode, first in hear_users(episodes, user).items():  # none in the toy worlds
         if first is not None:
             episode.messages.append({"role": "user", "content": first})
     trajectories = [opened(policy, episode.messages, episode) for episode in episodes]

@@ -302,6 +302,25 @@ class Run:
             os.fsync(file.fileno())
         os.replace(unfinished, self.checkpoint)
 
+    def write_config(self, options: argparse.Namespace) -> None:
+        """Write config.json; should there be no room, the old one of a resumed run stays."""
+        settings = {name: value for name, value in vars(options).items() if name not in ("resume", "name")}
+        unfinished = self.folder / "config.partial"
+        unfinished.write_text(json.dumps(settings, indent=1))
+        os.replace(unfinished, self.folder / "config.json")
+
+    def write_summary(self, options: argparse.Namespace) -> dict:
+        """Write summary.json, and return what it holds."""
+        summary = {
+            "model": options.model, "seed": options.seed, "setting": setting_of(options), "versions": versions(),
+            **self.progress["results"], "filter": self.progress["filter"],
+            "wall_s": {phase: round(seconds, 1) for phase, seconds in self.progress["wall_s"].items()},
+            "memory_bytes": self.progress["memory_bytes"],
+            "peak_memory_bytes": max(self.progress["memory_bytes"].values()),
+        }
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        return summary
+
     def read(self, name: str) -> list[dict]:
         """Return the records of a file of JSON lines; none if it does not exist."""
         path = self.folder / name
@@ -337,10 +356,7 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
         print(jail.describe())
         policy = load_policy(options.model, rank=options.rank, seed=options.seed)
         run = Run(folder, policy, make_optimizer(policy, options.learning_rate))
-        settings = {name: value for name, value in vars(options).items() if name not in ("resume", "name")}
-        unfinished = folder / "config.partial"  # of a resumed run the old one stays, should there be no room
-        unfinished.write_text(json.dumps(settings, indent=1))
-        os.replace(unfinished, folder / "config.json")
+        run.write_config(options)
         measure_phase("before", suites, jail, run, options)
         tasks = challenge(jail, held_out, run, options)
         if not tasks:
@@ -354,18 +370,7 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
             run.save("train")
         save_adapter(policy, folder / "adapter")
         measure_phase("after", suites, jail, run, options)
-    summary = {
-        "model": options.model,
-        "seed": options.seed,
-        "setting": setting_of(options),
-        **run.progress["results"],
-        "filter": run.progress["filter"],
-        "wall_s": {phase: round(seconds, 1) for phase, seconds in run.progress["wall_s"].items()},
-        "memory_bytes": run.progress["memory_bytes"],
-        "peak_memory_bytes": max(run.progress["memory_bytes"].values()),
-        "versions": versions(),
-    }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    summary = run.write_summary(options)
     print(format_table(summary["before"], summary["after"]))
     print(f"report: {write_report(folder)}")
     return summary

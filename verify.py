@@ -824,6 +824,10 @@ class Session(contextlib.AbstractContextManager):
 # ---------------------------------------------------------------------------------------------------
 # verdicts, and the filter
 #
+# Each function stands on those before it: evaluate gives a verdict on a state and an answer; what_is_left runs code
+# that must not break, and accepts asks for a verdict that must not; check does so for all parts of a task, on one
+# server; judge is the filter, which checks on two servers and tries the solution on the others.
+#
 # The example: what the challenger hands in first, and what `judge` says of it.
 #   instruction  What is the amount of tea times 6, then times 9?
 #   evaluate     def evaluate(answer): return True
