@@ -660,6 +660,8 @@ $options
 def measure(arguments: argparse.Namespace) -> dict[str, dict]:
     """Return {suite: numbers} of the policy that the command line asks for, each with the "setting" of `setting_of`."""
     prepare(arguments)
+    if arguments.adapter and arguments.policy in BASELINES:
+        raise ValueError(f"--adapter is for a model, and --policy {arguments.policy} is none")
     suites = {name: load_suite(name, arguments.airline) for name in arguments.suite}  # a wrong name is noticed first
     setting = setting_of(arguments)
     with Jail(allow_weak=arguments.allow_weak_jail) as jail:

@@ -1050,13 +1050,16 @@ def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
     rows = [("context", "to train one", "most of it", "cache of one", "side by side", "a step, at least",
              "800 x 15 rollouts")]
     rows += [fit_row(config, context, memory, room, episodes) for context, memory in memories.items()]
+    advice = f"""\
+Give --context, --micro-batch-tokens of the same size, and at most so many
+--parallel as are side by side (half of them if the model itself plays users, too). A step:
+{episodes} episodes (--tasks-per-step x --rollouts), as fast as an RTX 3090 is by its data sheet."""
+    if all(row[-1] == "-" for row in rows[1:]):
+        advice = "Nothing fits: take a smaller model, or a GPU with more memory."
     return "\n".join([
         f"{name}, LoRA of rank {rank}, on {gpu_gb:g} GB, of which {room / 2**30:.1f} GiB are used",
         *("{:>8} {:>14} {:>12} {:>14} {:>13} {:>17} {:>18}".format(*row) for row in rows),
-        f"The weights take {memories[CONTEXTS[0]]['weights'] / 2**30:.2f} GiB. "
-        "Give --context, --micro-batch-tokens of the same size, and at most so many",
-        "--parallel as are side by side (half of them if the model itself plays users, too). A step:",
-        f"{episodes} episodes (--tasks-per-step x --rollouts), as fast as an RTX 3090 is by its data sheet."])
+        f"The weights take {memories[CONTEXTS[0]]['weights'] / 2**30:.2f} GiB. {advice}"])
 
 
 def fit_row(

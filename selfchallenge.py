@@ -338,7 +338,6 @@ def peak_memory() -> int:
             Path("/proc/self/clear_refs").write_text("5")  # begin anew, see proc(5)
     else:
         import resource  # here, because Windows lacks it, and the jail is to say so in a sentence
-
         unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
         peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak
@@ -380,11 +379,10 @@ def measure_phase(phase: str, suites: dict[str, list], jail: Jail, run: Run, opt
     """Evaluate the policy on held-out tasks, before or after training, if that is not done; it may be interrupted."""
     if phase in run.progress["results"]:
         return
-    path = run.folder / "trajectories.jsonl"
-    finished = [line for line in run.read(path.name) if line["phase"] == phase]
+    finished = [line for line in run.read("trajectories.jsonl") if line["phase"] == phase]
 
     def keep(lines: list[dict]) -> None:
-        append_lines(path, lines)
+        append_lines(run.folder / "trajectories.jsonl", lines)
         run.save(phase)
 
     run.save(phase)  # a checkpoint comes before the first records
@@ -499,10 +497,9 @@ modify_pending_order_address("#W0000002", "7 Mill Lane", "Suite 2", "Denver", "C
         "airline", 0,
         "You want to cancel your business trip to Boston, because your plans have changed. For your flight to Seattle "
         "you want two checked bags in all, of which one is not free; pay with the card that you have used for it.",
-        evaluate="def evaluate():\n"
-                 '    boston, seattle = get_reservation_details("AAAAA1"), get_reservation_details("AAAAA2")\n'
-                 '    return boston.get("status") == "cancelled" and seattle["total_baggages"] == 2 '
-                 'and seattle["nonfree_baggages"] == 1',
+        evaluate="""def evaluate():
+    first, second = get_reservation_details("AAAAA1"), get_reservation_details("AAAAA2")
+    return first.get("status") == "cancelled" and second["total_baggages"] == 2 and second["nonfree_baggages"] == 1""",
         solution='cancel_reservation("AAAAA1")\nupdate_reservation_baggages("AAAAA2", 2, 1, "credit_card_0000001")',
         failures=['cancel_reservation("AAAAA1")',
                   'update_reservation_baggages("AAAAA2", 2, 1, "credit_card_0000001")',

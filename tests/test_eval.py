@@ -487,6 +487,7 @@ def test_a_terminal_may_lack_characters(monkeypatch):
 @pytest.mark.parametrize("arguments, sentence", [
     (["--suite", "shop", "chess"], "unknown suite 'chess': choose from calculator, shop"),
     (["--report", "nowhere"], "'nowhere' is not the folder of a run"),
+    (["--policy", "nothing", "--adapter", "runs/run-1/adapter"], "--adapter is for a model"),
 ])
 def test_a_users_mistake_gets_one_sentence(arguments, sentence, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])

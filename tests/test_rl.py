@@ -946,8 +946,10 @@ def test_fit_says_what_fits_or_that_nothing_does(capsys, monkeypatch):
                                 ("tiny", "24", ["min"] + ["beyond the model"] * 3)):
         monkeypatch.setattr("sys.argv", ["rl.py", "--fit", model, "--gpu-gb", gpu_gb])
         assert rl.main() == 0
-        lines = [line for line in capsys.readouterr().out.splitlines() if line[:8].strip().replace(",", "").isdigit()]
+        output = capsys.readouterr().out
+        lines = [line for line in output.splitlines() if line[:8].strip().replace(",", "").isdigit()]
         assert len(lines) == len(rl.CONTEXTS) and all(part in line for part, line in zip(said, lines))
+        assert ("Nothing fits" in output) == ("--parallel" not in output) == (gpu_gb == "1")
 
 
 @pytest.mark.parametrize("arguments, said", [
