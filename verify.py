@@ -61,6 +61,7 @@ TOOL_CALLS = 1_000               # in an action
 REPEATS = 4                      # of a solution and its evaluation, before the task is kept
 REPLIES = 50_000                 # that a jail remembers
 REPLY_BYTES = 4_096              # of the longest that it does, with the message before it
+UNFORESEEN = re.compile(r"time|urandom|getrandom|SystemRandom|getpid|getrusage|\bid\(")  # after these it remembers none
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -678,9 +679,9 @@ class Session(contextlib.AbstractContextManager):
     """A child for one untrusted author, whose variables last from action to action, as in a notebook.
 
     What a child replies follows from its random seed and from what it was sent, so the jail remembers it: rollouts of a
-    task often begin alike. (Not if the code mentions time: it may look at a clock.) A child is started for the first
-    message that is new, is told all that came before, to which it must reply as remembered, and then all that comes.
-    One that does not, is late or crashes is ended, and the next action begins with another.
+    task often begin alike. (Not if the code names what differs from child to child: UNFORESEEN.) A child is started for
+    the first message that is new, is told all that came before, to which it must reply as remembered, and then all that
+    comes. One that does not, is late or crashes is ended, and the next action begins with another.
     """
 
     def __init__(self, jail: Jail, environment: Environment | None, replica: int):
@@ -711,7 +712,7 @@ class Session(contextlib.AbstractContextManager):
         """
         if problem := text_problem(code):
             return Outcome("", f"the code {problem}")
-        if "time" in code:
+        if UNFORESEEN.search(code):
             self.past.update(os.urandom(16))  # from here on there is no other past like it
         request = {"code": code, "arguments": arguments}
         if not self.actions:
