@@ -282,9 +282,12 @@ def test_a_verdict_that_flips_between_runs_is_rejected(jail):
         assert judgement.stage == "solution" and judgement.reason.startswith("when it was tried again, the example solution")
 
 
-@pytest.mark.parametrize("chance", ["import os; odd = os.urandom(1)[0] % 8 > 0", "import os; odd = os.getpid() % 7 > 0"])
+@pytest.mark.parametrize("chance", ["import os; odd = os.urandom(1)[0] % 8 > 0", "import os; odd = os.getpid() % 5 > 0"])
 def test_a_verdict_that_flips_by_a_chance_that_has_no_seed_is_rejected(jail, chance):
-    """Each of twelve tasks is kept with a chance of 7/8, six times over, 45 in 100: all of them with one of 1 in 10,000."""
+    """Each of twelve tasks is kept with a chance of 7/8, six times over, 45 in 100: all of them with one of 1 in 10,000.
+
+    Pids follow one another: a task takes 14 of them, so twelve tasks meet every remainder by 5.
+    """
     flips = [change(CALCULATOR, solution="result = 1", failures=["0", "1", "2"],
                     evaluate=f"{chance}\ndef evaluate(answer): return answer == 1 and odd  # {number}") for number in range(12)]
     judgements = [judge(jail, task) for task in flips]
