@@ -360,8 +360,8 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
         tasks = challenge(jail, held_out, run, options)
         if not tasks:
             raise ValueError(f"no task survived the filter: see {folder / 'rejected.jsonl'}, or raise --challenges")
-        shown = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in render_task(tasks[0]))  # for a terminal
-        print(f"one that was kept:\n{shown}")
+        shown = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in render_task(tasks[-1]))  # for a terminal
+        print(f"the last that was kept:\n{shown}")
         steps = len(run.read("metrics.jsonl"))  # that were taken before an interruption
         for metrics, episodes in train(policy, run.optimizer, jail, tasks, options, first=steps):
             append_lines(folder / "metrics.jsonl", [metrics])

@@ -257,8 +257,8 @@ def test_a_run_leaves_what_the_contract_names(whole):
 
 def test_a_run_shows_a_task_that_was_kept_and_where_its_report_is(whole):
     printed = (whole.parent.parent / "printed").read_text()
-    kept = CodeAsTask.from_json((whole / "tasks.jsonl").read_text().splitlines()[0])
-    assert f"one that was kept:\n{render_task(kept)}\n" in printed and printed.endswith("report: runs/a/report.html\n")
+    kept = CodeAsTask.from_json((whole / "tasks.jsonl").read_text().splitlines()[-1])
+    assert f"the last that was kept:\n{render_task(kept)}\n" in printed and printed.endswith("report: runs/a/report.html\n")
 
 
 def test_no_task_of_a_run_leaks(whole, held_out):
