@@ -305,14 +305,13 @@ def test_output_that_is_kept_is_limited(jail):
         assert outcome.error is None and len(outcome.printed) == 20_000
 
 
-def test_tool_calls_are_limited(jail):
+def test_tool_calls_are_limited(jail, monkeypatch):
     code = "for i in range(1001): add(1, 1)"
-    jail.seconds, before = 60.0, jail.seconds  # so that the number is what ends it
-    try:
-        assert "1,000 tool calls at most" in run(jail, code).error
-        assert run(jail, code.replace("1001", "1000")).error is None
-    finally:
-        jail.seconds = before
+    monkeypatch.setattr(jail, "seconds", 60.0)  # so that the number is what ends it
+    assert "1,000 tool calls at most" in run(jail, code).error
+    assert run(jail, code.replace("1001", "1000")).error is None
+    monkeypatch.setattr("verify.TOOL_CALLS", 2000)
+    assert run(jail, code).error is None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -876,8 +875,10 @@ def test_an_evaluation_that_does_the_work_itself_is_rejected(jail):
 
 
 def test_an_evaluation_that_depends_on_its_process_is_rejected(jail):
-    # By chance all of ten pids can be as it likes them, so it asks for more than one bit: that fails the solution.
-    evaluation = "import os\ndef evaluate(answer): return os.getpid() % 1000 == 1"
+    with jail.session(None) as session:  # if all code ran in one process it would pass
+        pid = session.run("import os\nresult = os.getpid()").value
+        evaluation = f"import os\ndef evaluate(answer): return os.getpid() == {pid}"
+        assert session.run(evaluation, [None]).value is True
     assert judge(jail, task_with(evaluation)).ok is False
 
 
