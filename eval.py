@@ -450,16 +450,17 @@ def results_section(groups: dict[str, list[dict]]) -> str:
             series.append((f"c{place % 5}{shade}", name, [run["summary"].get(when, {}) for run in runs]))
         for run in runs:
             of_run = result_rows(*(run["summary"].get(when, {}) for when in PHASES)) or [["not finished"]]
-            rows += [[run["path"], run["config"].get("seed", "?"), label, *row] for row in of_run]
+            group = [label] if len(groups) > 1 else []
+            rows += [[run["path"], run["config"].get("seed", "?"), *group, *row] for row in of_run]
     suites = dict.fromkeys(suite for _, _, of_runs in series for of_run in of_runs for suite in of_run)
     charts = "".join(suite_chart(suite, series) for suite in suites)
     head = legend((classes, name) for classes, name, _ in series) + f"<div class=charts>{charts}</div>"
     if sum(map(len, groups.values())) > 1:
-        each = table(["run", "seed", "group", *COLUMNS], rows)
+        each = table(["run", "seed", *["group"] * (len(groups) > 1), *COLUMNS], rows)
         note = ("Here bars are means over the runs of a group, and ± is over its runs if it has several. Below, all "
                 "but the learning curve is about the run named above.")
         return f"<p class=note>{note}</p>{head}<details><summary>Each run</summary>{each}</details>"
-    return head + table(COLUMNS, [row[3:] for row in rows]) if charts else ""
+    return head + table(COLUMNS, [row[2:] for row in rows]) if charts else ""
 
 
 def suite_chart(suite: str, series: list[tuple[str, str, list[dict]]]) -> str:
@@ -487,10 +488,11 @@ def survivors(counts: dict[str, int]) -> list[tuple[str, str, float, float, str]
 
 
 def rejections(rejected: list[dict]) -> str:
-    """An example of every kind of rejection, the most frequent first: of reasons that differ in numbers only."""
+    """An example of every kind of rejection, the most frequent first; numbers make no difference of kind."""
     kinds: dict[str, list[tuple[str, dict]]] = {}
     for line in rejected:
-        title = f"{line['stage']}: {shorten(line['reason'].partition(chr(10))[0].rstrip(':'), 80, placeholder=' …')}"
+        reason = shorten(line["reason"].partition("\n")[0].rstrip(":"), 80, placeholder=" …")
+        title = f"{line['stage']}: {reason}"
         kinds.setdefault(re.sub("[0-9]+", "N", title), []).append((title, line))
     frequent = sorted(kinds.values(), key=len, reverse=True)
     return "".join(card(title, f"× {len(alike)}", task_parts(line)) for alike in frequent for title, line in alike[:1])
@@ -547,8 +549,8 @@ def transcript(t: dict) -> str:
     reward = t["reward"]  # None: it does not count
     verdict = "no reward" if reward is None else f"{'✓' if reward else '✗'} reward {reward:g}"
     mark = fill("<b class={}>{}</b> ", ("c2" if reward else "c1", verdict))
-    greedy, called = ", greedy" * t.get("greedy", False), t.get("tools", {}).items()
-    tools = ", ".join(name + (f" × {number}" if number > 1 else "") for name, number in called) or "none"
+    greedy, called = ", greedy" * t.get("greedy", False), t.get("tools", {"?": 1}).items()  # which old runs lack
+    tools = ", ".join(name + (f" ×\u00a0{number}" if number > 1 else "") for name, number in called) or "none"
     parts = ((message["role"], message["content"]) for message in t["messages"])
     return card(f"{t['phase']}: {t['instruction']}", f"{t['env']}, {t['status']}{greedy}; tools: {tools}", parts, mark)
 
@@ -559,8 +561,9 @@ def chosen_trajectories(trajectories: list[dict]) -> list[dict]:
     ordered = sorted(trajectories, key=lambda t: (t.get("greedy", False), t["reward"] or 0))  # the best ones last
     phases = {t["phase"]: t for t in ordered}
     failures = {task(t): t for t in ordered if t["phase"] == "before" and t["reward"] == 0}
+    lucky = {task(t) for t in ordered if t["phase"] == "before" and t["reward"]}  # that another trial solved already
     solved = [t for t in ordered if t["phase"] == "after" and t["reward"] and task(t) in failures]
-    pairs = {t["env"]: [failures[task(t)], t] for t in solved}
+    pairs = {t["env"]: [failures[task(t)], t] for t in sorted(solved, key=lambda t: task(t) not in lucky)}
     chosen = [t for pair in pairs.values() for t in pair]
     return chosen + [t for t in phases.values() if t not in chosen]
 
@@ -597,7 +600,7 @@ figure, details { margin: .6rem 0; padding: .65rem .95rem; background: var(--car
   linear-gradient(270deg, var(--page) 1rem, transparent 2rem) local,
   linear-gradient(90deg, var(--line), transparent 1rem), linear-gradient(270deg, var(--line), transparent 1rem); }
 details .wide { --page: var(--card); } table { border-collapse: collapse; width: 100%; font-size: min(.88rem, 3vw);
-  white-space: nowrap; } th, td { padding: .4rem .8em .4rem 0; border-bottom: 1px solid var(--line); text-align: left; }
+  white-space: nowrap; } th, td { padding: .4rem .7em .4rem 0; border-bottom: 1px solid var(--line); text-align: left; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 0 1rem; }
 .charts p { margin: .4rem 0; } svg { display: block; } .legend span { display: inline-block; margin-right: .9rem; }
 .bars { display: grid; grid-template-columns: auto 1fr auto; gap: .5rem .9rem; align-items: center; font-size: .9rem; }
@@ -630,7 +633,7 @@ model's tasks on Retail the paper kept 5 %. Many duplicates mean that the challe
 --no-filter nothing is rejected but what cannot be read, held-out tasks and duplicates.)</p>
 $funnel
 <h3>Why tasks were rejected</h3>
-<p class=note>An example of each kind, and how many of its kind there were.</p>
+<p class=note>One of each kind, and how many there were. Reasons that differ in numbers only are of one kind.</p>
 $rejections
 <h2>Learning curve</h2>
 <p class=note>On the training tasks; whether it carries over to unseen ones is what the held-out suites say. Thin lines

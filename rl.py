@@ -1054,7 +1054,9 @@ def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
 Give --context, --micro-batch-tokens of the same size, and at most so many
 --parallel as are side by side (half of them if the model itself plays users, too). A step:
 {episodes} episodes (--tasks-per-step x --rollouts), as fast as an RTX 3090 is by its data sheet."""
-    if all(row[-1] == "-" for row in rows[1:]):
+    if all(row[-2] == "beyond the model" for row in rows[1:]):
+        advice = f"Its own context is shorter than {CONTEXTS[0]:,} tokens."
+    elif all(row[-1] == "-" for row in rows[1:]):
         advice = "Nothing fits: take a smaller model, or a GPU with more memory."
     return "\n".join([
         f"{name}, LoRA of rank {rank}, on {gpu_gb:g} GB, of which {room / 2**30:.1f} GiB are used",

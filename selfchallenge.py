@@ -108,7 +108,7 @@ JUDGED_BY_ANSWER = """evaluate(answer) gets the final answer and compares it wit
   number, also if it was written as text, and a tuple as a list."""
 JUDGED_BY_STATE = "evaluate() looks at the state that is left, through the tools, and at nothing else."
 
-EXAMPLES = {example.env: example for example in [
+EXAMPLES = {example.env: example for example in [  # those of the paper's worlds stand at the end
     CodeAsTask(
         "calculator", 0, "Take the amount of soap, multiply by 8, then subtract the amount of kite.",
         evaluate="def evaluate(answer):\n    return answer == 37",

@@ -61,7 +61,10 @@ TOOL_CALLS = 1_000               # in an action
 REPEATS = 4                      # of a solution and its evaluation, before the task is kept
 REPLIES = 50_000                 # that a jail remembers
 REPLY_BYTES = 4_096              # of the longest that it does, with the message before it
-UNFORESEEN = re.compile(r"time|urandom|getrandom|SystemRandom|getpid|getrusage|\bid\(")  # after these it remembers none
+# What differs from child to child: clocks, chance without a seed, numbers of processes, addresses. Of code that names
+# one of these, and of all that follows it, a jail remembers no reply.
+UNFORESEEN = re.compile(
+    r"time|getrusage|urandom|getrandom|Random\(|seed\(\s*(None)?\s*\)|getpid|native_id|\b(id|hash)\(")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -252,7 +255,7 @@ def observation(outcome: Outcome) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------
-# INSIDE THE JAIL: the walls, which are this chapter alone, two pages; the next one only talks
+# INSIDE THE JAIL: the walls, two pages; the next chapter makes a server ready, and talks
 #
 # A fork server executes the text from here to OUTSIDE and nothing else of the project: with tools.py in its memory,
 # model-written code could compute the hidden states. It forks a child for each untrusted author.
@@ -827,7 +830,8 @@ class Session(contextlib.AbstractContextManager):
 #
 # Each function stands on those before it: evaluate gives a verdict on a state and an answer; what_is_left runs code
 # that must not break, and accepts asks for a verdict that must not; check does so for all parts of a task, on one
-# server; judge is the filter, which checks on two servers and tries the solution on the others.
+# server; judge is the filter, which checks on two servers and tries the solution on the others. (verdict_on, which the
+# next scripts ask, hands a benchmark's task to the benchmark's own rules.)
 #
 # The example: what the challenger hands in first, and what `judge` says of it.
 #   instruction  What is the amount of tea times 6, then times 9?

@@ -246,7 +246,7 @@ def test_report_is_well_formed_and_has_every_section(tmp_path):
     for heading in ("Held-out tasks", "The filter", "Learning curve", "Tasks that were kept", "Transcripts", "Time"):
         assert heading in page.text
     assert page.text.count("words, seed 3") == 6  # six of the nine tasks are shown
-    assert "✓ reward 1" in page.text and "✗ reward 0" in page.text and "tools: words × 2" in page.text
+    assert "✓ reward 1" in page.text and "✗ reward 0" in page.text and "tools: words ×\u00a02" in page.text
     assert "100.2 s" in page.text and "0.50 GiB" in page.text
     assert "before: words" in page.text and "after: words" in page.text
     assert "50.0 ± 22.8" in page.text
@@ -308,8 +308,9 @@ def test_report_survives_random_text(tmp_path):
 
 def test_a_transcript_names_the_tools_that_were_called():
     t = {"phase": "after", "env": "shop", "instruction": "?", "reward": 1.0, "status": "answered", "messages": []}
-    assert "tools: amount × 2, add<" in evaluation.transcript({**t, "tools": {"amount": 2, "add": 1}})
-    assert "tools: none<" in evaluation.transcript(t)
+    assert "tools: amount ×\u00a02, add<" in evaluation.transcript({**t, "tools": {"amount": 2, "add": 1}})
+    assert "tools: none<" in evaluation.transcript({**t, "tools": {}})
+    assert "tools: ?<" in evaluation.transcript(t)  # of a run that did not note them yet
 
 
 # ---------------------------------------------------------------------------------------------------

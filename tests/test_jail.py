@@ -411,7 +411,10 @@ SYSTEM_ATTACKS = {
     "outlive_the_server": "assert libc.prctl(1, 0, 0, 0, 0) == 0",  # no death with the parent any more
     "be_traced": "assert libc.ptrace(0, 0, 0, 0) == 0",
     "trace_another": "assert libc.ptrace(16, {victim}, 0, 0) == 0",  # PTRACE_ATTACH, which stops it as well
-    "read_the_memory_of_another": "assert libc.process_vm_readv({victim}, None, 0, None, 0, 0) == 0",
+    "read_the_memory_of_another": """
+into, part = ctypes.create_string_buffer(15), ctypes.c_size_t * 2
+assert libc.process_vm_readv({victim}, part(ctypes.addressof(into), 14), 1, part({secret}, 14), 1, 0) == 14
+assert into.value == b'planted-secret'""",
     # signals
     "kill_another": "os.kill({victim}, signal.SIGKILL)",
     "stop_another": "os.kill({victim}, signal.SIGSTOP)",
@@ -426,7 +429,11 @@ SYSTEM_ATTACKS = {
 }
 
 
-VICTIM = "import ctypes, time; ctypes.CDLL(None).prctl(0x59616d61, ctypes.c_ulong(-1), 0, 0, 0); time.sleep(60)"  # may be traced by all
+VICTIM = """import ctypes, os, time
+ctypes.CDLL(None).prctl(0x59616d61, ctypes.c_ulong(-1), 0, 0, 0)  # may be traced by all
+secret = ctypes.create_string_buffer(os.environ["SECRET"].encode())
+print(ctypes.addressof(secret), flush=True)
+time.sleep(60)"""
 
 
 @contextlib.contextmanager
@@ -435,7 +442,8 @@ def world(folder):
     folder.mkdir()
     (folder / "planted").write_text(SECRET)
     (folder / "planted_module.py").write_text("")
-    victim = subprocess.Popen([sys.executable, "-I", "-S", "-c", VICTIM], env={"SECRET": SECRET})
+    victim = subprocess.Popen([sys.executable, "-I", "-S", "-c", VICTIM], env={"SECRET": SECRET}, stdout=subprocess.PIPE)
+    secret = int(victim.stdout.readline())  # where it holds the secret; and it is ready
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp, \
             socket.socket(socket.AF_UNIX) as unix:
         udp.bind(("127.0.0.1", 0))
@@ -456,11 +464,11 @@ def world(folder):
             with open(f"/proc/{victim.pid}/stat") as file:
                 return same and file.read().rpartition(")")[2].split()[0] in "RSD"  # neither stopped, traced nor dead
         try:
-            yield dict(folder=str(folder), planted=f"{folder}/planted", victim=victim.pid, tcp=tcp.getsockname()[1],
+            yield dict(folder=str(folder), planted=f"{folder}/planted", victim=victim.pid, secret=secret, tcp=tcp.getsockname()[1],
                        udp=udp.getsockname()[1]), unharmed
         finally:
             victim.kill()
-            victim.wait()
+            victim.communicate()
 
 
 @pytest.mark.parametrize("attack", SYSTEM_ATTACKS.values(), ids=SYSTEM_ATTACKS)
@@ -953,8 +961,9 @@ def test_a_session_that_has_a_child_asks_no_memory():
                 assert session.run("print(y)").printed == "1\n"
 
 
-@pytest.mark.parametrize("look", ["import time; seen = time.time_ns()", "import os; seen = os.urandom(8)", "seen = id([]), __import__('os').getpid()",
-                                  "import random; seen = random.SystemRandom().random()"])
+@pytest.mark.parametrize("look", ["import time; seen = time.time_ns()", "import os; seen = os.urandom(8)", "import os; seen = os.getpid()",
+                                  "import _thread; seen = _thread.get_native_id()", "seen = hash(object())", "import random; seen = random.Random().random()",
+                                  "import random; random.seed( ); seen = random.random()", "import random; seen = random.SystemRandom().random()"])
 def test_code_that_looks_at_what_nobody_foresees_is_as_in_a_notebook(look):
     with Jail() as jail:
         printed = []

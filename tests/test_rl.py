@@ -952,6 +952,14 @@ def test_fit_says_what_fits_or_that_nothing_does(capsys, monkeypatch):
         assert ("Nothing fits" in output) == ("--parallel" not in output) == (gpu_gb == "1")
 
 
+def test_fit_of_a_model_that_ends_before_the_first_context_says_so(capsys, monkeypatch, tmp_path):
+    LlamaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=1024).save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.argv", ["rl.py", "--fit", str(tmp_path)])
+    assert rl.main() == 0
+    output = capsys.readouterr().out
+    assert output.count("beyond the model") == 4 and "shorter than 2,048 tokens" in output and "Nothing fits" not in output
+
+
 @pytest.mark.parametrize("arguments, said", [
     (["--fit", "./no/such-model"], "cannot read the configuration"), ([], "--tasks FILE"),
     (["--fit", "tiny", "--gpu-gb", "-3"], "such as 24"), (["--fit", "tiny", "--gpu-gb", "nan"], "such as 24"),
