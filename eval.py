@@ -495,7 +495,7 @@ def rejections(rejected: list[dict]) -> str:
         title = f"{line['stage']}: {reason}"
         kinds.setdefault(re.sub("[0-9]+", "N", title), []).append((title, line))
     frequent = sorted(kinds.values(), key=len, reverse=True)
-    return "".join(card(title, f"× {len(alike)}", task_parts(line)) for alike in frequent for title, line in alike[:1])
+    return "".join(card(title, f"× {1 + len(more)}", task_parts(line)) for (title, line), *more in frequent)
 
 
 def task_parts(task: dict) -> list[tuple[str, object]]:

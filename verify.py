@@ -57,14 +57,7 @@ SOURCE_CHARACTERS = 64 * 1024    # in an instruction or a source
 LINE_CHARACTERS = 1024 * 1024    # in a line of a task file
 ANSWER_CHARACTERS = 4_000        # in a final answer
 OBSERVATION_CHARACTERS = 4_000   # that a model sees of the output of an action
-TOOL_CALLS = 1_000               # in an action
 REPEATS = 4                      # of a solution and its evaluation, before the task is kept
-REPLIES = 50_000                 # that a jail remembers
-REPLY_BYTES = 4_096              # of the longest that it does, with the message before it
-# What differs from child to child: clocks, chance without a seed, numbers of processes, addresses. Of code that names
-# one of these, and of all that follows it, a jail remembers no reply.
-UNFORESEEN = re.compile(
-    r"time|getrusage|urandom|getrandom|Random\(|seed\(\s*(None)?\s*\)|getpid|native_id|\b(id|hash)\(")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -229,8 +222,10 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 #   a deadline, then a kill   endless loops, sleeps, calls in C that nothing else interrupts (exchange, end)
 #   limits                    eating the memory, filling the disk, computing on after the reply (make_confine)
 #   a filter of system calls  files, network, processes, signals: all but SYSTEM_CALLS is refused (seccomp_program)
-#   nothing to find           no environment variables, no files but the channel, of this project two chapters (inside)
-#   servers that differ       a verdict that follows hashes, chance or the date: each of them must say the same (judge)
+#   nothing to find           no environment variables, no files but the channel, of this project two chapters (inside,
+#                             prepare_server)
+#   servers that differ       a verdict that follows hashes, chance or the date: each of them must say the same (judge,
+#                             set_clock)
 #
 # The way of one check: `Session.run` asks a fork server for a child, which has been forked and confined, and sends it
 # the code. Where that calls a tool, the call comes back as data, is executed on the episode's state, and its result is
@@ -526,6 +521,15 @@ def plain(value: Any, nesting: int = NESTING) -> Any:
 
 # ---------------------------------------------------------------------------------------------------
 # OUTSIDE: the parent's end of the jail (for a second reading)
+
+TOOL_CALLS = 1_000   # in an action
+REPLIES = 50_000     # that a jail remembers
+REPLY_BYTES = 4_096  # of the longest that it does, with the message before it
+# What differs from child to child: clocks, chance without a seed, numbers of processes, addresses. Of code that names
+# one of these, and of all that follows it, a jail remembers no reply.
+UNFORESEEN = re.compile(
+    r"time|getrusage|urandom|getrandom|Random\(|seed\(\s*(None)?\s*\)|getpid|native_id|\b(id|hash)\(")
+
 
 class JailError(RuntimeError):
     """This system cannot have the jail, or has broken it; the message is a sentence for the user."""

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -50,6 +50,7 @@ from rl import (  # noqa: E402
     Trajectory,
     begin,
     executor,
+    is_out_of_memory,
     load_policy,
     make_optimizer,
     memory_of,
@@ -86,10 +87,11 @@ def turn_by_turn(
 
 def by_generate(policy: Policy, histories: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
     """`generate`, in one call if the memory suffices for it, and else in two halves."""
-    with suppress(torch.OutOfMemoryError):
+    try:
         return generated(policy, histories, settings)
-    if len(histories) == 1:
-        raise MemoryError("not one history can be continued")
+    except RuntimeError as error:
+        if len(histories) == 1 or not is_out_of_memory(error):
+            raise
     half = len(histories) // 2
     return [row for part in (histories[:half], histories[half:]) for row in by_generate(policy, part, settings)]
 
