@@ -51,6 +51,7 @@ from tqdm import tqdm
 # Of names that are to change in transformers 5.40, which requirements.txt leaves out: peft, too, uses the old ones. And
 # of the ranks of experts' LoRA, which peft applies although it says that it does not.
 warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|past_key_values|(rank|alpha)_pattern keys)")
+warnings.filterwarnings("ignore", message="Synchronization debug mode")  # is a prototype: see `recorded`
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces optional kernels that we do not need
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less of a GPU's memory is lost in gaps
 torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, and in a rollout each token brings another
@@ -400,8 +401,7 @@ def sampled_turns(
     cache, ended = SlotCache(len(slots), context), []
     while slots:
         feed(policy, cache, slots)
-        last = [t.tokens[-1:] for t in slots]  # also of turns that have ended, whose result is not used
-        logits = advance(policy, cache, range(len(slots)), last, [t.fed for t in slots])
+        logits = decode(policy, cache, slots, turn_tokens)
         sampled = torch.stack(sample_tokens(logits, generator, temperature)).tolist()  # here a GPU is waited for
         if any(map(math.isnan, sampled[1])):
             raise PolicyError("the model's probabilities are no numbers any more: lower --learning-rate")
@@ -604,31 +604,87 @@ def advance(
     the right: what that writes into the cache lies behind all that the slot looks at, until its next tokens overwrite
     it. The last column, where padding ends up at the latest, is never looked at: no episode's last token is fed.
     """
-    width, device = max(map(len, tokens)), policy.device
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=device)  # [rows, width]
-    columns = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)  # [rows, width]
-    columns = columns.clamp(max=cache.columns - 1)
-    last = torch.tensor([len(row) - 1 for row in tokens], device=device)  # [rows]
-    cache.rows, cache.targets = torch.tensor(slots, device=device), columns
-    cache.end = min(max(starts) + width, cache.columns)
-    visible = torch.arange(cache.end, device=device) <= columns[:, None, :, None]  # [rows, 1, width, columns]
+    cache.aim(policy.device, slots, tokens, starts)
+    return next_logits(policy, cache)
+
+
+def next_logits(policy: Policy, cache: "SlotCache") -> Tensor:
+    """Do the pass that the cache has been aimed at; return the logits [rows, vocabulary] of the next tokens."""
+    columns = torch.arange(cache.end, device=policy.device)
+    visible = columns <= cache.targets[:, None, :, None]  # [rows, 1, width, columns]
     model = policy.model.get_base_model()  # with the adapter in it
     states = model.get_decoder()(
-        input_ids=ids, attention_mask=visible, position_ids=columns, past_key_values=cache, use_cache=True
+        input_ids=cache.ids, attention_mask=visible, position_ids=cache.targets, past_key_values=cache, use_cache=True
     ).last_hidden_state  # [rows, width, hidden]
-    return model.get_output_embeddings()(states[torch.arange(len(last), device=device), last]).float()
+    states = states[torch.arange(len(cache.last), device=policy.device), cache.last]  # [rows, hidden]
+    return model.get_output_embeddings()(states).float()
+
+
+def decode(policy: Policy, cache: "SlotCache", slots: list[Trajectory], turn_tokens: int) -> Tensor:
+    """Feed each slot its trajectory's last token, also where a turn has ended; return logits [slots, vocabulary].
+
+    Python takes longer to ask a GPU for such a pass, of some thousand operations, than the GPU to do it. So there it is
+    recorded once, and played again until the slots change; attention then reaches as far as the turns may, from their
+    first token on.
+    """
+    tokens, starts = [t.tokens[-1:] for t in slots], [t.fed for t in slots]
+    if policy.device.type == "cpu":
+        return advance(policy, cache, range(len(slots)), tokens, starts)
+    if cache.replay is None:
+        cache.aim(policy.device, range(len(slots)), tokens, starts)
+        cache.end = min(max(t.turn for t in slots) + turn_tokens, cache.columns)
+        cache.replay = recorded(partial(next_logits, policy, cache))
+    cache.ids.copy_(torch.tensor(tokens))
+    cache.targets.copy_(torch.tensor(starts)[:, None])
+    return cache.replay()
+
+
+def recorded(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return what does some work again, on the same tensors: a CUDA graph of it, or the work itself.
+
+    It is done as ever at first, so that all its kernels are loaded. What waits for the GPU in between cannot be
+    recorded, such as a model that chooses its experts in Python.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return work
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 class SlotCache(DynamicCache):
-    """A KV cache of slots, each of which holds an episode: a token's column in it is its position in the trajectory.
-
-    The next pass writes into the slots `rows`, at the columns `targets` [rows, width], which are before `end`.
-    """
+    """A KV cache of slots, each of which holds an episode: a token's column in it is its position in the trajectory."""
 
     def __init__(self, slots: int, columns: int):
         super().__init__()
         self.slots, self.columns = slots, columns
         self.stores: dict[int, list[Tensor]] = {}  # of each layer keys and values [slots, heads, columns, width]
+        self.replay: Callable[[], Tensor] | None = None  # the pass that `decode` has recorded
+
+    def aim(
+        self, device: torch.device, slots: Sequence[int], tokens: Sequence[list[int]], starts: Sequence[int]
+    ) -> None:
+        """Say what the next pass feeds to which slots: see `advance`."""
+        width = max(map(len, tokens))
+        columns = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)  # [rows, width]
+        self.ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=device)  # [rows, width]
+        self.last = torch.tensor([len(row) - 1 for row in tokens], device=device)  # [rows], in each row
+        self.rows, self.targets = torch.tensor(slots, device=device), columns.clamp(max=self.columns - 1)
+        self.end = min(max(starts) + width, self.columns)  # behind all that is looked at
+        self.replay = None  # it was recorded on the tensors that were here before
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write states [rows, heads, new columns, width]; return all up to `end` [rows, heads, columns, width]."""
@@ -650,7 +706,7 @@ class SlotCache(DynamicCache):
         for slot, source in enumerate(slots):
             if slot != source:
                 self.copy(source, slot, self.end)  # of the last pass, which all slots took part in
-        self.slots = len(slots)
+        self.slots, self.replay = len(slots), None
         self.stores = {layer: [store[:self.slots] for store in stores] for layer, stores in self.stores.items()}
 
 

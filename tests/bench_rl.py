@@ -47,8 +47,10 @@ from rl import (  # noqa: E402
     KEPT_FREE,
     Episode,
     Policy,
+    SlotCache,
     Trajectory,
     begin,
+    decode,
     executor,
     is_out_of_memory,
     load_policy,
@@ -160,9 +162,9 @@ def told(what: str) -> Iterator[None]:
 
 
 def compare(
-    policy: Policy, library: Policy, make_episodes: Callable[[], list[Episode]], turn_tokens: int, context: int, rounds: int
+    policy: Policy, library: Policy, make_episodes: Callable[[int], list[Episode]], turn_tokens: int, context: int, rounds: int
 ) -> None:
-    """Play equal episodes in each way, the ways in turns, the rounds after one that warms up; print the medians of the speeds.
+    """Play equal episodes in each way, the ways in turns, the rounds after round 0, which warms up; print the medians of the speeds.
 
     `policy` is for what the project does, `library` for what the library does, which takes models in their mode of evaluation:
     on some CPUs bitsandbytes then packs the weights anew, for good, for another kernel.
@@ -172,10 +174,11 @@ def compare(
         for name, play in WAYS.items():
             with told(name):
                 torch.manual_seed(number)
-                episodes = make_episodes()
+                episodes = make_episodes(number)
                 start = time.perf_counter()
                 trajectories = play(policy if play is by_rollout else library, episodes, seeded(policy.device, number), turn_tokens, context)
                 speeds[name].append(sum(sum(t.mask) for t in trajectories) / (time.perf_counter() - start))
+            print(f"  round {number}: {name}, {speeds[name][-1:]} tokens a second", file=sys.stderr, flush=True)
     print(f"{'':38} {'tokens a second':>16} {'times the first':>16}")
     medians = {name: median(values[1:]) for name, values in speeds.items() if len(values) > rounds}
     for name, speed in medians.items():
@@ -223,9 +226,35 @@ class Talk(Episode):
         """There is no session."""
 
 
-def as_in_retail(context: int) -> list[Episode]:
-    """Return 16 episodes of one task that fill two thirds of their context, if turns are cut at a sixty-fourth of it."""
-    return [Talk(context // 4, observed=context // 64, max_steps=4) for _ in range(16)]
+def as_in_retail(context: int, turns: int) -> list[Episode]:
+    """Return 16 episodes of one task, of which four turns fill two thirds of their context, if cut at a sixty-fourth of it."""
+    return [Talk(context // 4, observed=context // 64, max_steps=turns) for _ in range(16)]
+
+
+@torch.inference_mode()
+def decoding_seconds(policy: Policy, slots: int, context: int) -> float:
+    """The seconds of a pass that samples a token in each slot, when all have seen 15/16 of their context."""
+    seen = context * 15 // 16
+    cache, trajectories = SlotCache(slots, context), [Trajectory([5] * seen, [], [], turn=seen, fed=seen - 1) for _ in range(slots)]
+    return seconds_of(lambda: decode(policy, cache, trajectories, context - seen))
+
+
+def copying_speed() -> float:
+    """How many bytes the GPU reads and writes in a second when it copies half a gigabyte."""
+    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """The mean of twenty times, after one, on a GPU."""
+    work()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(20):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / 20
 
 
 def measure_shape(shape: str, gpu_gb: float, context: int, long: int, rounds: int) -> None:
@@ -256,14 +285,18 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int, rounds: in
             policy, [Talk(context * 7 // 16) for _ in range(16)], seeded(policy.device, 0),
             parallel=parallel, turn_tokens=256, context=context))  # "tea " is two tokens
         report(f"16 episodes of {context:,} tokens, {parallel} at once", peak, rollout_bytes(memory, parallel), f", {seconds:.1f} s")
-        sampled = sum(sum(t.mask) for t in trajectories)
-        read = sampled / parallel * (memory["weights"] + parallel * memory["cache"] * 15 / 16)
-        print(f"  {sampled / seconds:,.0f} tokens a second, prompts included; {read / seconds / 1e9:,.0f} GB a second, if weights and "
-              f"cache are read once for each token; 800 tasks x 15 rollouts of {context // 2:,} sampled tokens: "
-              f"{12_000 * context / 2 / (sampled / seconds) / 3600:,.1f} hours", flush=True)
+        speed = sum(sum(t.mask) for t in trajectories) / seconds
+        print(f"  {speed:,.0f} tokens a second, prompts included; 800 tasks x 15 rollouts of {context // 2:,} sampled tokens at this speed: "
+              f"{12_000 * context / 2 / speed / 3600:,.0f} hours", flush=True)
         print(f"  mismatch_kl {train(trajectories[0])['mismatch_kl']:.1e}", flush=True)
+        del trajectories
+    with told("decoding"):
+        seconds = decoding_seconds(policy, parallel, context)
+        read = memory["weights"] + parallel * memory["cache"] * 15 / 16
+        print(f"  a token in each of {parallel} slots at {context * 15 // 16:,} tokens: {seconds * 1e3:.1f} ms; if weights and cache are read once, "
+              f"{read / seconds / 1e9:,.0f} GB a second, {read / seconds / copying_speed():.0%} of what this GPU copies", flush=True)
     if rounds:
-        compare(policy, policy, lambda: as_in_retail(context), context // 64, context, rounds)
+        compare(policy, policy, lambda number: as_in_retail(context, turns=4 if number else 1), context // 64, context, rounds)
 
 
 def count_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:
@@ -310,7 +343,7 @@ def main() -> None:
     print(f"{options.model}, {len(tasks) * 8} episodes, {policy.device.type}, {platform.machine()}, {torch.get_num_threads()} threads; "
           + ", ".join(f"{name} {version}" for name, version in versions().items()))
     with Jail() as jail:
-        def make_episodes() -> list[Episode]:
+        def make_episodes(_: int) -> list[Episode]:
             jail.replies.clear()
             return [executor(jail, task) for task in tasks for _ in range(8)]
 

@@ -1,7 +1,12 @@
-"""Let the tests import the scripts, which lie flat in the folder above, however pytest is started."""
+"""Let the tests import the scripts, which lie flat in the folder above, however pytest is started; and let them run on the CPU.
+
+There the policy computes in 32 bits, so figures can be compared closely. What needs a GPU is in test_gpu.py.
+"""
+import os
 import sys
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPU", "")  # before torch is imported, here and in what the tests start
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
