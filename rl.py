@@ -565,7 +565,7 @@ def written_turns(
 # the KV cache of rollouts, which only saves time and memory, and what a model must be like (for a second reading)
 
 FEED_COLUMNS = 8192  # rows x columns of the cache in a pass that feeds it: attention may copy them
-FEED_TOKENS = 1024  # rows x new tokens in such a pass
+FEED_TOKENS = 512  # rows x new tokens in such a pass
 
 
 def feed(policy: Policy, cache: "SlotCache", slots: list[Trajectory]) -> None:
@@ -683,6 +683,8 @@ class SlotCache(DynamicCache):
         self.ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=device)  # [rows, width]
         self.last = torch.tensor([len(row) - 1 for row in tokens], device=device)  # [rows], in each row
         self.rows, self.targets = torch.tensor(slots, device=device), columns.clamp(max=self.columns - 1)
+        together = slots[-1] - slots[0] + 1 == len(slots)
+        self.part = slice(slots[0], slots[-1] + 1) if together else self.rows  # only the latter makes a copy
         self.end = min(max(starts) + width, self.columns)  # behind all that is looked at
         self.replay = None  # it was recorded on the tensors that were here before
 
@@ -693,8 +695,8 @@ class SlotCache(DynamicCache):
                                   for new in (keys, values)]  # of which widths may differ
         for store, new in zip(self.stores[layer], (keys, values)):
             store[self.rows[:, None], :, self.targets] = new.transpose(1, 2)
-        keys, values = [store[:, :, :self.end] for store in self.stores[layer]]
-        return (keys, values) if len(self.rows) == self.slots else (keys[self.rows], values[self.rows])  # else a copy
+        keys, values = [store[self.part, :, :self.end] for store in self.stores[layer]]
+        return keys, values
 
     def copy(self, source: int, slot: int, end: int) -> None:
         """Give a slot the same columns as another one, up to `end`."""
@@ -949,6 +951,7 @@ def train(
         figures = reinforce_step(
             policy, optimizer, trajectories, advantage.flatten(), micro_batch_tokens=options.micro_batch_tokens,
             importance_cap=None if teacher else options.importance_cap)
+        optimizer.zero_grad()  # rollouts need its memory
         if teacher:
             del figures["mismatch_kl"]  # the policy has not sampled these
         reward, signal = rewards.nanmean().nan_to_num(0.0).item(), signal_share(rewards)
@@ -1088,7 +1091,8 @@ def training_bytes(memory: dict[str, float]) -> float:
 def rollout_bytes(memory: dict[str, float], parallel: int) -> float:
     """Return the peak of so many rollouts side by side: while caches are filled, or while all sample."""
     caches = parallel * memory["cache"]
-    return memory["weights"] + memory["adapter"] + caches + max(memory["feed"], parallel * memory["sampling"])
+    adapter = memory["adapter"] * 3 / 4  # without its gradient
+    return memory["weights"] + adapter + caches + max(memory["feed"], parallel * memory["sampling"])
 
 
 def most_parallel(memory: dict[str, float], room: float) -> int:

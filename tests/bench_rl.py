@@ -178,7 +178,7 @@ def compare(
                 start = time.perf_counter()
                 trajectories = play(policy if play is by_rollout else library, episodes, seeded(policy.device, number), turn_tokens, context)
                 speeds[name].append(sum(sum(t.mask) for t in trajectories) / (time.perf_counter() - start))
-            print(f"  round {number}: {name}, {speeds[name][-1:]} tokens a second", file=sys.stderr, flush=True)
+                print(f"  round {number}: {name}: {speeds[name][-1]:.0f} tokens a second", file=sys.stderr, flush=True)
     print(f"{'':38} {'tokens a second':>16} {'times the first':>16}")
     medians = {name: median(values[1:]) for name, values in speeds.items() if len(values) > rounds}
     for name, speed in medians.items():
@@ -273,7 +273,9 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int, rounds: in
     parallel = max(1, min(16, most_parallel(memory, gpu_gb * 2**30 * (1 - KEPT_FREE))))
 
     def train(trajectory: Trajectory) -> dict:
-        return reinforce_step(policy, optimizer, [trajectory], torch.ones(1))
+        figures = reinforce_step(policy, optimizer, [trajectory], torch.ones(1))
+        optimizer.zero_grad()  # as `rl.train` does
+        return figures
 
     with told("training"):
         trajectory = Trajectory([5] * long, [False] + [True] * (long - 1), [-1.0] * long)
@@ -296,7 +298,7 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int, rounds: in
         print(f"  a token in each of {parallel} slots at {context * 15 // 16:,} tokens: {seconds * 1e3:.1f} ms; if weights and cache are read once, "
               f"{read / seconds / 1e9:,.0f} GB a second, {read / seconds / copying_speed():.0%} of what this GPU copies", flush=True)
     if rounds:
-        compare(policy, policy, lambda number: as_in_retail(context, turns=4 if number else 1), context // 64, context, rounds)
+        compare(policy, policy, lambda number: as_in_retail(context, turns=4 if number else 1), context // 64, context * 3 // 4, rounds)
 
 
 def count_shape(shape: str, gpu_gb: float, context: int, long: int) -> None:

@@ -91,6 +91,18 @@ def test_training_raises_what_is_rewarded(jail, monkeypatch):
     assert shares[0] < 0.6 and shares[-1] > 0.8, shares
 
 
+def test_what_does_not_fit_is_one_sentence_and_leaves_the_gpu_as_it_was(policy, jail):
+    torch.cuda.empty_cache()
+    used, card = torch.cuda.memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((used + 2**28) / card)  # a quarter of a gigabyte more; the caches would need three
+    try:
+        with pytest.raises(MemoryError, match="--fit tiny --gpu-gb"), rl.advice_on_memory("tiny"):
+            rollout(policy, [Executor(jail, TASK) for _ in range(256)], seeded(policy.device, 1), context=2048)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert rollout(policy, [Executor(jail, TASK)], seeded(policy.device, 1), context=512)[0].over
+
+
 def test_the_whole_method_runs_on_a_gpu_and_its_adapter_loads(tmp_path):
     here = Path(rl.__file__).parent
     for command in (["selfchallenge.py", "--challenges", "24", "--tasks-per-step", "4", "--steps", "2", "--name", "run"],
