@@ -274,7 +274,7 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int, rounds: in
 
     def train(trajectory: Trajectory) -> dict:
         figures = reinforce_step(policy, optimizer, [trajectory], torch.ones(1))
-        optimizer.zero_grad()  # as `rl.train` does
+        policy.model.zero_grad()  # as `rl.train` does
         return figures
 
     with told("training"):

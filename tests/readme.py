@@ -33,7 +33,7 @@ SMALLER = {  # what is appended to a command that begins so; the first that fits
     "python tests/bench_rl.py": "--rounds 1 --tasks 1",
     "python tiny/pretrain.py": "--episodes 40 --epochs 1",
 }
-ELSEWHERE = {"python -m pytest": "it is the next that .ci/run does", "TAU_BENCH=": "it needs the real checkouts", "python tests/readme.py": "this is it"}
+ELSEWHERE = {"python -m pytest": "it is the next that .ci/run does", "TAU_BENCH=": "it needs the real checkouts", "TEST_GPU=": "it needs a GPU", "python tests/readme.py": "this is it"}
 RULE = "# " + 99 * "-" + "\n"  # above the head of a chapter
 COMMAND = r"(?:[A-Z0-9_]+=\S+ )*python (?:-m \w+|\S+\.py)"
 

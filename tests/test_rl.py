@@ -513,6 +513,7 @@ def test_a_teacher_s_failures_are_learnt_as_well(jail, monkeypatch):
     monkeypatch.setattr(rl, "endpoint_model", lambda *_: lambda asked: ["ANSWER: no idea END ANSWER"] * len(asked))
     options = training_options(teacher_endpoint="there", teacher_model="t")
     ((metrics, episodes),) = rl.train(policy, make_optimizer(policy, 1e-3), jail, [TASK], options)
+    assert all(p.grad is None for p in policy.model.parameters())  # whose memory is for the next rollouts
     turn = policy.tokenizer("ANSWER: no idea END ANSWER", add_special_tokens=False).input_ids
     assert metrics["reward"] == 0 and metrics["trained_tokens"] == 2 * (len(turn) + 1) and metrics["loss"] > 0
 
@@ -1194,6 +1195,6 @@ def test_generate_splits_a_batch_that_does_not_fit_and_keeps_the_order(policy, m
 def test_the_benchmark_s_ways_play_the_same_work(policy):
     endless = dataclasses.replace(policy, stop_ids=frozenset({0}))
     for name in ("generate, at every turn", "rollout"):
-        trajectories = bench_rl.WAYS[name](endless, bench_rl.as_in_retail(256), seeded("cpu", 0), 4, 256)
+        trajectories = bench_rl.WAYS[name](endless, bench_rl.as_in_retail(256, turns=4), seeded("cpu", 0), 4, 256)
         # a prompt of 64 words of two tokens and the template's 6; four turns of four tokens
         assert [(len(t.prompt), sum(t.mask), t.episode.steps) for t in trajectories] == 16 * [(134, 16, 4)]
