@@ -413,6 +413,7 @@ def sampled_turns(
                     t.text = turn_text(policy, t.tokens[t.turn:])
                     ended.append(t)
         if 2 * len(ended) >= len(slots):
+            cache.replay = None  # it belongs to these slots, and has memory of its own, which users may need
             yield ended
             ended.clear()
             slots = [next(queue, t) if t.over else t for t in slots]
@@ -628,7 +629,7 @@ def decode(policy: Policy, cache: "SlotCache", slots: list[Trajectory], turn_tok
     first token on.
     """
     tokens, starts = [t.tokens[-1:] for t in slots], [t.fed for t in slots]
-    if policy.device.type == "cpu":
+    if policy.device.type != "cuda":
         return advance(policy, cache, range(len(slots)), tokens, starts)
     if cache.replay is None:
         cache.aim(policy.device, range(len(slots)), tokens, starts)
@@ -640,10 +641,10 @@ def decode(policy: Policy, cache: "SlotCache", slots: list[Trajectory], turn_tok
 
 
 def recorded(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Return what does some work again, on the same tensors: a CUDA graph of it, or the work itself.
+    """Return what does some work again, on the same tensors, into the same result: a CUDA graph of it, or the work.
 
     It is done as ever at first, so that all its kernels are loaded. What waits for the GPU in between cannot be
-    recorded, such as a model that chooses its experts in Python.
+    recorded, such as a model that chooses its experts in Python; PyTorch tells of nearly all such waiting.
     """
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -677,12 +678,13 @@ class SlotCache(DynamicCache):
     def aim(
         self, device: torch.device, slots: Sequence[int], tokens: Sequence[list[int]], starts: Sequence[int]
     ) -> None:
-        """Say what the next pass feeds to which slots: see `advance`."""
+        """Say where the next pass writes: into the slots `rows`, at the columns `targets`. See `advance`."""
         width = max(map(len, tokens))
         columns = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)  # [rows, width]
         self.ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=device)  # [rows, width]
         self.last = torch.tensor([len(row) - 1 for row in tokens], device=device)  # [rows], in each row
-        self.rows, self.targets = torch.tensor(slots, device=device), columns.clamp(max=self.columns - 1)
+        self.rows = torch.tensor(slots, device=device)  # [rows]
+        self.targets = columns.clamp(max=self.columns - 1)  # [rows, width]
         together = slots[-1] - slots[0] + 1 == len(slots)
         self.part = slice(slots[0], slots[-1] + 1) if together else self.rows  # only the latter makes a copy
         self.end = min(max(starts) + width, self.columns)  # behind all that is looked at
@@ -708,7 +710,7 @@ class SlotCache(DynamicCache):
         for slot, source in enumerate(slots):
             if slot != source:
                 self.copy(source, slot, self.end)  # of the last pass, which all slots took part in
-        self.slots, self.replay = len(slots), None
+        self.slots = len(slots)
         self.stores = {layer: [store[:self.slots] for store in stores] for layer, stores in self.stores.items()}
 
 
@@ -753,14 +755,17 @@ def check_probabilities(policy: Policy, name: str) -> None:
         logits = model(input_ids=torch.tensor([ids], device=policy.device), use_cache=False).logits  # [1, 24, all]
         hook.remove()
         cache = SlotCache(2, len(ids))
-        for first, last in [(0, 9), (9, 12), (12, 13)]:  # a prompt, an observation, a sampled token
+        for first, last in [(0, 9), (9, 12)]:  # a prompt and an observation
             begin = max(first - 2, 0)
-            sampled = advance(policy, cache, (0, 1), [ids[first:last], ids[begin:last - 2]], [first, begin])
+            advance(policy, cache, (0, 1), [ids[first:last], ids[begin:last - 2]], [first, begin])
+        for last in (13, 14):  # two sampled tokens, because a GPU plays the pass of the first one again
+            slots = [Trajectory(ids[:end], [], [], turn=end, fed=end - 1) for end in (last, last - 2)]
+            sampled = decode(policy, cache, slots, turn_tokens=9)
     if not logits.isfinite().all():
         raise PolicyError(f"the probabilities of the model {name!r} are no numbers: use another model or adapter")
     if not torch.equal(model.get_output_embeddings()(states[0]), logits):
         raise PolicyError(f"the model {name!r} does more to its logits than one linear layer: use another")
-    ours, own = sampled.log_softmax(-1), logits[0, [12, 10]].float().log_softmax(-1)
+    ours, own = sampled.log_softmax(-1), logits[0, [13, 11]].float().log_softmax(-1)
     if not (own.exp() * (own - ours)).sum(-1).max() < 0.05:  # KL; rounding in 16 bits is a tenth of that
         raise PolicyError(f"the model {name!r} computes other probabilities with a cache of its past: use another")
 
@@ -1113,8 +1118,8 @@ def fit(name: str, gpu_gb: float, rank: int, episodes: int) -> str:
     advice = f"""\
 Give --context, --micro-batch-tokens of the same size, and at most so many
 --parallel as are side by side (half of them if the model itself plays users, too). A step:
-{episodes} episodes (--tasks-per-step x --rollouts), on an RTX 3090: from what its data sheet allows to
-what it takes if as small a share of that is reached as was measured on an H200."""
+{episodes} episodes (--tasks-per-step x --rollouts) on an RTX 3090, from as fast as its data sheet allows
+to where it reaches no more of that than an H200 did of its own."""
     if all(row[-2] == "beyond the model" for row in rows[1:]):
         advice = f"Its own context is shorter than {CONTEXTS[0]:,} tokens."
     elif all(row[-1] == "-" for row in rows[1:]):
@@ -1137,12 +1142,12 @@ def fit_row(
     train, cache, parallel = training_bytes(memory), memory["cache"], most_parallel(memory, room)
     most = max(("weights", "adapter", "checkpoints", "layer", "logits"), key=memory.get)
     read = memory["weights"] + parallel * cache / 2  # for a token of every slot
-    rollout = context / 2 / max(parallel, 1) * read / RTX_3090[0]  # seconds of an episode
+    sampling = context / 2 / max(parallel, 1) * read / RTX_3090[0]  # seconds of an episode
     training = context * 6 * memory["parameters"] / RTX_3090[1]
     shares = (1, 1), REACHED
-    step = [episodes * (rollout / of_reading + training / of_computing) / 60 for of_reading, of_computing in shares]
-    paper = [12_000 * rollout / of_reading / 3600 for of_reading, _ in shares]
-    times = "{:.0f} to {:.0f} min".format(*step), "{:.0f} to {:.0f} h".format(*paper)
+    step = [episodes * (sampling / of_reading + training / of_computing) / 60 for of_reading, of_computing in shares]
+    paper = [12_000 * sampling / of_reading / 3600 for of_reading, _ in shares]
+    times = "{:.1f} to {:.1f} min".format(*step), "{:.1f} to {:.1f} h".format(*paper)
     if context > longest_context(config):
         times = "beyond the model", "-"
     elif not parallel or train > room:

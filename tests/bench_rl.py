@@ -247,7 +247,7 @@ def copying_speed() -> float:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """The mean of twenty times, after one, on a GPU."""
+    """The mean seconds of twenty runs on a GPU, after one that warms up."""
     work()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -297,7 +297,7 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int, rounds: in
         read = memory["weights"] + parallel * memory["cache"] * 15 / 16
         print(f"  a token in each of {parallel} slots at {context * 15 // 16:,} tokens: {seconds * 1e3:.1f} ms; if weights and cache are read once, "
               f"{read / seconds / 1e9:,.0f} GB a second, {read / seconds / copying_speed():.0%} of what this GPU copies", flush=True)
-    if rounds:
+    if rounds:  # with caches of three quarters, as the library's ways leave some memory of their own behind
         compare(policy, policy, lambda number: as_in_retail(context, turns=4 if number else 1), context // 64, context * 3 // 4, rounds)
 
 

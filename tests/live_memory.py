@@ -164,7 +164,10 @@ def training_peak(policy: rl.Policy, tokens: int) -> int:
 
 @torch.inference_mode()
 def rollout_peak(policy: rl.Policy, slots: int, context: int) -> int:
-    """The bytes at the height of rollouts: when a cache of so many slots is filled, all sample, and an episode is over."""
+    """The bytes at the height of rollouts: when a cache of so many slots is filled, all sample, and an episode is over.
+
+    Training has come before, and left Adam's two moments of each of the adapter's weights, in 32 bits.
+    """
     gc.collect()
     weights = weights_of(policy.model)
     rows = max(1, min(slots - 1, rl.FEED_COLUMNS // context))
@@ -174,4 +177,5 @@ def rollout_peak(policy: rl.Policy, slots: int, context: int) -> int:
         rl.advance(policy, cache, range(rows), [[1] * tokens] * rows, [context - tokens] * rows)
         rl.sample_tokens(rl.advance(policy, cache, range(slots), [[1]] * slots, [context - 1] * slots), None, 1.0)
         cache.keep(list(range(1, slots)))
-    return byte_count(weights) + memory.peak
+    moments = 2 * 4 * sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    return byte_count(weights) + moments + memory.peak

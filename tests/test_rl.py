@@ -1160,6 +1160,45 @@ def test_padding_behind_the_last_column_changes_nothing(policy):
             torch.testing.assert_close(row, policy.model(input_ids=torch.tensor([ids[:end]])).logits[0, -1], atol=1e-4, rtol=1e-4)
 
 
+class OnGpu(rl.Policy):
+    """A policy of which `decode` believes that it is on a GPU."""
+
+    device = type("Device", (str,), {"type": "cuda"})("cpu")
+
+
+def test_a_pass_that_is_recorded_plays_the_same_turns(policy, jail, monkeypatch):
+    """A graph knows only the tensors and the end that were there when it was recorded; here it is the pass itself that is played again."""
+    ends = []
+
+    def recorded(work):
+        cache = work.args[1]
+        held, end = (cache.ids, cache.targets), cache.end
+        ends.append(end)
+
+        def replay():
+            assert cache.ids is held[0] and cache.targets is held[1] and cache.end == end > int(cache.targets.max())
+            return work()
+        return replay
+
+    monkeypatch.setattr(rl, "recorded", recorded)
+    tasks, limits = [dataclasses.replace(TASK, seed=number % 3) for number in range(14)], {"parallel": 6, "turn_tokens": 20, "context": 150}
+    plain, again = [[t.tokens for t in rollout(kind, [Executor(jail, task) for task in tasks], seeded("cpu", 1), **limits)]
+                    for kind in (policy, OnGpu(policy.model, policy.tokenizer, policy.stop_ids))]
+    assert again == plain and 1 < len(ends) < 80 and max(ends) == 150  # no further than the context
+
+
+def test_a_pass_may_go_to_slots_that_are_not_side_by_side(policy):
+    """Only such a pass copies their keys and values; what it computes is what the model does without a cache."""
+    texts, cache = [list(range(5 + slot, 25 + slot)) for slot in range(3)], rl.SlotCache(3, 24)
+    with torch.inference_mode():
+        rl.advance(policy, cache, (0, 1, 2), [text[:8] for text in texts], [0, 0, 0])
+        for slots in [(0, 2), (1, 2), (1,)]:
+            logits = rl.advance(policy, cache, slots, [texts[slot][8:] for slot in slots], [8] * len(slots))
+            assert isinstance(cache.part, slice) == (slots != (0, 2))
+            for row, slot in zip(logits, slots):
+                torch.testing.assert_close(row, policy.model(input_ids=torch.tensor([texts[slot]])).logits[0, -1], atol=1e-4, rtol=1e-4)
+
+
 def test_the_longest_context_of_other_models():
     llama = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
     assert rl.longest_context(LlamaConfig(max_position_embeddings=2048, rope_parameters=llama)) == 2048
