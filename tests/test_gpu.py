@@ -78,6 +78,22 @@ def test_a_rollout_is_reproducible_and_the_trainer_sees_nearly_its_probabilities
     assert abs(step["mismatch_kl"]) < 0.01 and step["gradient_norm"] > 0
 
 
+def test_users_who_speak_between_recorded_passes_change_nothing(policy, jail):
+    """They are played by the same network without its adapter, in a cache of their own."""
+    def played(users: bool) -> list[list[int]]:
+        trajectories = [rl.opened(policy, Executor(jail, TASK).messages) for _ in range(12)]
+        for number, t in enumerate(trajectories):  # turns of several lengths
+            t.tokens[-1] = 5 + number
+        for ended in rl.sampled_turns(policy, trajectories, seeded(policy.device, 1), 0.0, 5, 30, 512):
+            if users:
+                rl.own_user(policy, seeded(policy.device, 2), 3, 10, [Executor(jail, TASK).messages] * 4)
+            for t in ended:
+                t.over = True
+        return [t.tokens for t in trajectories]
+
+    assert played(users=True) == played(users=False)
+
+
 def test_training_raises_what_is_rewarded(jail, monkeypatch):
     """Of episodes of one turn those are rewarded that look something up: a third before, nearly all after twelve steps."""
     monkeypatch.setattr(Executor, "max_steps", 1)
