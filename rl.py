@@ -6,8 +6,8 @@ fine-tuning (RFT): only the successes carry gradient. What differs here, and why
 * a leave-one-out baseline (Kool et al. 2019; RLOO, arXiv 2402.14740), so that failures teach as well and the gradient
   has less variance. `baseline="none"` is the paper's RFT.
 * fresh rollouts at every step (on-policy) instead of 12,000 offline trajectories: at this size they are cheap.
-* QLoRA instead of full fine-tuning, and logits in chunks, so that an 8B model and the paper's context of 16,192 tokens
-  are meant for one card: `python rl.py --fit MODEL` says what fits, before any weights are downloaded.
+* QLoRA instead of full fine-tuning, and logits in chunks, so that a card of 24 GB can train an 8B model on the paper's
+  context of 16,192 tokens: `python rl.py --fit MODEL` says what else fits, before any weights are downloaded.
 * no division by a group's standard deviation and none by a trajectory's length (Dr. GRPO, arXiv 2503.20783),
   no clipping of ratios and no KL term: one gradient step per batch of rollouts needs none of them.
 
