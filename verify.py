@@ -1061,9 +1061,9 @@ def main() -> int:
                 tqdm.write(json.dumps(asdict(judgement)), nolock=True)
                 sys.stdout.flush()
                 kept.append(judgement.ok)
-            print(f"{len(kept)} lines were judged, and {sum(kept)} of these tasks would be kept", file=sys.stderr)
+            print(f"lines judged: {len(kept)}, tasks that would be kept: {sum(kept)}", file=sys.stderr)
 
-    return guarded("verify.py", work, lambda: f"{len(kept)} lines were judged")
+    return guarded("verify.py", work, lambda: f"lines judged: {len(kept)}")
 
 
 if __name__ == "__main__":

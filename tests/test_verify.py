@@ -428,7 +428,7 @@ def test_the_command_line_judges_every_line_whatever_the_others_are(tmp_path):
     assert result.returncode == 0, result.stderr
     assert [judgement["stage"] for judgement in judgements] == ["ok", "parse", "ok", "parse", "failures", "parse", "parse", "ok", "parse", "parse"]
     assert all(set(judgement) == {"ok", "stage", "reason", "seconds"} for judgement in judgements)
-    assert result.stderr.startswith(b"jail: ") and b"10 lines were judged, and 3 of these tasks would be kept" in result.stderr
+    assert result.stderr.startswith(b"jail: ") and b"lines judged: 10, tasks that would be kept: 3" in result.stderr
 
 
 WITHOUT_SECCOMP = """
@@ -516,7 +516,7 @@ def test_a_stream_that_is_closed_is_written_nowhere_else(tmp_path, closed):
     (tmp_path / "tasks.jsonl").write_text(SHOP.to_json())
     result = command("tasks.jsonl", cwd=tmp_path, preexec_fn=functools.partial(os.close, closed))
     assert result.returncode == 0 and b"Traceback" not in result.stderr
-    assert bool(result.stdout) == (closed == 2) and (b"1 lines were judged" in result.stderr) == (closed == 1)
+    assert bool(result.stdout) == (closed == 2) and (b"lines judged: 1" in result.stderr) == (closed == 1)
     assert all(json.loads(line)["ok"] for line in result.stdout.splitlines())
 
 
