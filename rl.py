@@ -413,7 +413,7 @@ def sampled_turns(
                     t.text = turn_text(policy, t.tokens[t.turn:])
                     ended.append(t)
         if 2 * len(ended) >= len(slots):
-            cache.replay = None  # it belongs to these slots, and has memory of its own, which users may need
+            cache.replay = None  # what `decode` has recorded, for these slots only
             yield ended
             ended.clear()
             slots = [next(queue, t) if t.over else t for t in slots]

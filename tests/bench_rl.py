@@ -51,6 +51,7 @@ from rl import (  # noqa: E402
     Policy,
     SlotCache,
     Trajectory,
+    advance,
     begin,
     decode,
     executor,
@@ -234,11 +235,12 @@ def as_in_retail(context: int, turns: int) -> list[Episode]:
 
 
 @torch.inference_mode()
-def decoding_seconds(policy: Policy, slots: int, context: int) -> float:
-    """The seconds of a pass that samples a token in each slot, when all have seen 15/16 of their context."""
+def decoding_seconds(policy: Policy, slots: int, context: int) -> tuple[float, float]:
+    """The seconds of a pass that samples a token in each slot, when all have seen 15/16 of their context: recorded, and not."""
     seen = context * 15 // 16
     cache, trajectories = SlotCache(slots, context), [Trajectory([5] * seen, [], [], turn=seen, fed=seen - 1) for _ in range(slots)]
-    return seconds_of(lambda: decode(policy, cache, trajectories, context - seen))
+    return (seconds_of(lambda: decode(policy, cache, trajectories, context - seen)),
+            seconds_of(lambda: advance(policy, cache, range(slots), [[5]] * slots, [seen - 1] * slots)))
 
 
 def copying_speed() -> float:
@@ -295,9 +297,9 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int, rounds: in
         print(f"  mismatch_kl {train(trajectories[0])['mismatch_kl']:.1e}", flush=True)
         del trajectories
     with told("decoding"):
-        seconds = decoding_seconds(policy, parallel, context)
+        seconds, unrecorded = decoding_seconds(policy, parallel, context)
         read = memory["weights"] + parallel * memory["cache"] * 15 / 16
-        print(f"  a token in each of {parallel} slots at {context * 15 // 16:,} tokens: {seconds * 1e3:.1f} ms; if weights and cache are read once, "
+        print(f"  a token in each of {parallel} slots at {context * 15 // 16:,} tokens: {seconds * 1e3:.1f} ms, unrecorded {unrecorded * 1e3:.1f}; if weights and cache are read once, "
               f"{read / seconds / 1e9:,.0f} GB a second, {read / seconds / copying_speed():.0%} of what this GPU copies", flush=True)
     if rounds:  # with caches of three quarters, as the library's ways leave some memory of their own behind
         compare(policy, policy, lambda number: as_in_retail(context, turns=4 if number else 1), context // 64, context * 3 // 4, rounds)
