@@ -393,6 +393,7 @@ def sampled_turns(
     Each has a slot of the KV cache from its first turn to its last. All slots sample a token in one pass of the
     network, until half have ended their turns. The code of these then runs side by side while the network rests, so
     none waits for the longest turn, and nothing depends on how fast code was. What is over makes room for others.
+    Before asking on, the caller has set a trajectory's `over`, or has appended an observation, with `turn` behind it.
     Raises PolicyError if the context is beyond the model, or its probabilities are no numbers.
     """
     if (limit := longest_context(policy.model.config)) < context:
@@ -402,12 +403,13 @@ def sampled_turns(
     while slots:
         feed(policy, cache, slots)
         logits = decode(policy, cache, slots, turn_tokens)
-        sampled = torch.stack(sample_tokens(logits, generator, temperature)).tolist()  # here a GPU is waited for
-        if any(map(math.isnan, sampled[1])):
+        # both as floats, in one transfer: here a GPU is waited for
+        tokens, logprobs = torch.stack(sample_tokens(logits, generator, temperature)).tolist()
+        if any(map(math.isnan, logprobs)):
             raise PolicyError("the model's probabilities are no numbers any more: lower --learning-rate")
-        for t, token, logprob in zip(slots, map(int, sampled[0]), sampled[1]):
+        for t, token, logprob in zip(slots, map(int, tokens), logprobs):
             if t.text is None:
-                t.fed = len(t.tokens)
+                t.fed = len(t.tokens)  # the last of them just now
                 t.extend([token], True, [logprob])
                 if token in policy.stop_ids or len(t.tokens) == min(t.turn + turn_tokens, context):
                     t.text = turn_text(policy, t.tokens[t.turn:])
@@ -569,7 +571,57 @@ FEED_COLUMNS = 8192  # rows x columns of the cache in a pass that feeds it: atte
 FEED_TOKENS = 512  # rows x new tokens in such a pass
 
 
-def feed(policy: Policy, cache: "SlotCache", slots: list[Trajectory]) -> None:
+class SlotCache(DynamicCache):
+    """A KV cache of slots, each of which holds an episode: a token's column in it is its position in the trajectory.
+
+    What the next pass of the network feeds, and where it writes, is set by `aim`.
+    """
+
+    def __init__(self, slots: int, columns: int):
+        super().__init__()
+        self.slots, self.columns = slots, columns
+        self.stores: dict[int, list[Tensor]] = {}  # of each layer keys and values [slots, heads, columns, size]
+        self.replay: Callable[[], Tensor] | None = None  # the pass that `decode` has recorded
+
+    def aim(
+        self, device: torch.device, slots: Sequence[int], tokens: Sequence[list[int]], starts: Sequence[int]
+    ) -> None:
+        """Say where the next pass writes: into the slots `rows`, at the columns `targets`. See `advance`."""
+        width = max(map(len, tokens))
+        columns = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)  # [rows, width]
+        self.ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=device)  # [rows, width]
+        self.last = torch.tensor([len(row) - 1 for row in tokens], device=device)  # [rows], in each row
+        self.rows = torch.tensor(slots, device=device)  # [rows]
+        self.targets = columns.clamp(max=self.columns - 1)  # [rows, width]
+        together = slots[-1] - slots[0] + 1 == len(slots)
+        self.part = slice(slots[0], slots[-1] + 1) if together else self.rows  # a view, or a copy
+        self.end = min(max(starts) + width, self.columns)  # the first column that no row looks at
+        self.replay = None  # it was recorded on the tensors that were here before
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write states [rows, heads, width, size]; return all up to `end` [rows, heads, columns, size]."""
+        if layer not in self.stores:  # in the first pass
+            self.stores[layer] = [new.new_zeros(self.slots, new.shape[1], self.columns, new.shape[3])
+                                  for new in (keys, values)]  # of which widths may differ
+        for store, new in zip(self.stores[layer], (keys, values)):
+            store[self.rows[:, None], :, self.targets] = new.transpose(1, 2)
+        return tuple(store[self.part, :, :self.end] for store in self.stores[layer])
+
+    def copy(self, source: int, slot: int, end: int) -> None:
+        """Give a slot the same columns as another one, up to `end`."""
+        for store in chain(*self.stores.values()):
+            store[slot, :, :end] = store[source, :, :end]
+
+    def keep(self, slots: list[int]) -> None:
+        """Keep these slots only, in ascending order, and number them anew; in place, for want of room for a copy."""
+        for slot, source in enumerate(slots):
+            if slot != source:
+                self.copy(source, slot, self.end)  # of the last pass, which all slots took part in
+        self.slots = len(slots)
+        self.stores = {layer: [store[:self.slots] for store in stores] for layer, stores in self.stores.items()}
+
+
+def feed(policy: Policy, cache: SlotCache, slots: list[Trajectory]) -> None:
     """Feed the cache what it lacks of each slot's trajectory, save for the last token, from which the next is sampled.
 
     Of rollouts that share a prompt one is fed with it; the others get a copy of its part of the cache. A pass is
@@ -586,7 +638,7 @@ def feed(policy: Policy, cache: "SlotCache", slots: list[Trajectory]) -> None:
     for first in range(0, max(map(len, new.values()), default=0), FEED_TOKENS):
         pieces = [(slot, tokens[first:first + FEED_TOKENS], slots[slot].fed + first)
                   for slot, tokens in new.items() if len(tokens) > first]
-        # a token counts for FEED_COLUMNS / FEED_TOKENS columns, so that one bound keeps both
+        # in columns; a token counts for at least FEED_COLUMNS / FEED_TOKENS, so that one bound keeps both
         sizes = [max(start + len(tokens), len(tokens) * FEED_COLUMNS // FEED_TOKENS) for _, tokens, start in pieces]
         for batch in micro_batches(sizes, FEED_COLUMNS):
             advance(policy, cache, *zip(*(pieces[number] for number in sorted(batch))))
@@ -597,19 +649,19 @@ def feed(policy: Policy, cache: "SlotCache", slots: list[Trajectory]) -> None:
 
 
 def advance(
-    policy: Policy, cache: "SlotCache", slots: Sequence[int], tokens: Sequence[list[int]], starts: Sequence[int]
+    policy: Policy, cache: SlotCache, slots: Sequence[int], tokens: Sequence[list[int]], starts: Sequence[int]
 ) -> Tensor:
     """Feed slots, in ascending order, with tokens from columns `starts` on; return the last logits [slots, vocabulary].
 
     A token's column in the cache is its position, so a slot holds no padding. Shorter rows of the pass are padded on
     the right: what that writes into the cache lies behind all that the slot looks at, until its next tokens overwrite
-    it. The last column, where padding ends up at the latest, is never looked at: no episode's last token is fed.
+    it. The last column, where padding ends up at the latest, is looked at only by a turn that was cut there, in vain.
     """
     cache.aim(policy.device, slots, tokens, starts)
     return next_logits(policy, cache)
 
 
-def next_logits(policy: Policy, cache: "SlotCache") -> Tensor:
+def next_logits(policy: Policy, cache: SlotCache) -> Tensor:
     """Do the pass that the cache has been aimed at; return the logits [rows, vocabulary] of the next tokens."""
     columns = torch.arange(cache.end, device=policy.device)
     visible = columns <= cache.targets[:, None, :, None]  # [rows, 1, width, columns]
@@ -621,8 +673,8 @@ def next_logits(policy: Policy, cache: "SlotCache") -> Tensor:
     return model.get_output_embeddings()(states).float()
 
 
-def decode(policy: Policy, cache: "SlotCache", slots: list[Trajectory], turn_tokens: int) -> Tensor:
-    """Feed each slot its trajectory's last token, also where a turn has ended; return logits [slots, vocabulary].
+def decode(policy: Policy, cache: SlotCache, slots: list[Trajectory], turn_tokens: int) -> Tensor:
+    """Feed each slot its trajectory's last token, in vain where a turn has ended; return logits [slots, vocabulary].
 
     Python takes longer to ask a GPU for such a pass, of some thousand operations, than the GPU to do it. So there it is
     recorded once, and played again until the slots change; attention then reaches as far as the turns may, from their
@@ -643,8 +695,8 @@ def decode(policy: Policy, cache: "SlotCache", slots: list[Trajectory], turn_tok
 def recorded(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """Return what does some work again, on the same tensors, into the same result: a CUDA graph of it, or the work.
 
-    It is done as ever at first, so that all its kernels are loaded. What waits for the GPU in between cannot be
-    recorded, such as a model that chooses its experts in Python; PyTorch tells of nearly all such waiting.
+    It is done without recording first, which loads its kernels and shows whether it waits for the GPU, as where a model
+    chooses its experts in Python: then it cannot be recorded. PyTorch tells of nearly all such waiting.
     """
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -664,54 +716,6 @@ def recorded(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return result
 
     return replay
-
-
-class SlotCache(DynamicCache):
-    """A KV cache of slots, each of which holds an episode: a token's column in it is its position in the trajectory."""
-
-    def __init__(self, slots: int, columns: int):
-        super().__init__()
-        self.slots, self.columns = slots, columns
-        self.stores: dict[int, list[Tensor]] = {}  # of each layer keys and values [slots, heads, columns, width]
-        self.replay: Callable[[], Tensor] | None = None  # the pass that `decode` has recorded
-
-    def aim(
-        self, device: torch.device, slots: Sequence[int], tokens: Sequence[list[int]], starts: Sequence[int]
-    ) -> None:
-        """Say where the next pass writes: into the slots `rows`, at the columns `targets`. See `advance`."""
-        width = max(map(len, tokens))
-        columns = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)  # [rows, width]
-        self.ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=device)  # [rows, width]
-        self.last = torch.tensor([len(row) - 1 for row in tokens], device=device)  # [rows], in each row
-        self.rows = torch.tensor(slots, device=device)  # [rows]
-        self.targets = columns.clamp(max=self.columns - 1)  # [rows, width]
-        together = slots[-1] - slots[0] + 1 == len(slots)
-        self.part = slice(slots[0], slots[-1] + 1) if together else self.rows  # only the latter makes a copy
-        self.end = min(max(starts) + width, self.columns)  # behind all that is looked at
-        self.replay = None  # it was recorded on the tensors that were here before
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write states [rows, heads, new columns, width]; return all up to `end` [rows, heads, columns, width]."""
-        if layer not in self.stores:  # in the first pass
-            self.stores[layer] = [new.new_zeros(self.slots, new.shape[1], self.columns, new.shape[3])
-                                  for new in (keys, values)]  # of which widths may differ
-        for store, new in zip(self.stores[layer], (keys, values)):
-            store[self.rows[:, None], :, self.targets] = new.transpose(1, 2)
-        keys, values = [store[self.part, :, :self.end] for store in self.stores[layer]]
-        return keys, values
-
-    def copy(self, source: int, slot: int, end: int) -> None:
-        """Give a slot the same columns as another one, up to `end`."""
-        for store in chain(*self.stores.values()):
-            store[slot, :, :end] = store[source, :, :end]
-
-    def keep(self, slots: list[int]) -> None:
-        """Keep these slots only, in ascending order, and number them anew; in place, for want of room for a copy."""
-        for slot, source in enumerate(slots):
-            if slot != source:
-                self.copy(source, slot, self.end)  # of the last pass, which all slots took part in
-        self.slots = len(slots)
-        self.stores = {layer: [store[:self.slots] for store in stores] for layer, stores in self.stores.items()}
 
 
 def longest_context(config: PreTrainedConfig) -> float:
