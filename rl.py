@@ -687,8 +687,9 @@ def decode(policy: Policy, cache: SlotCache, slots: list[Trajectory], turn_token
         cache.aim(policy.device, range(len(slots)), tokens, starts)
         cache.end = min(max(t.turn for t in slots) + turn_tokens, cache.columns)
         cache.replay = recorded(partial(next_logits, policy, cache))
-    cache.ids.copy_(torch.tensor(tokens))
-    cache.targets.copy_(torch.tensor(starts)[:, None])
+    else:  # into the tensors that it was recorded on
+        cache.ids.copy_(torch.tensor(tokens))
+        cache.targets.copy_(torch.tensor(starts)[:, None])
     return cache.replay()
 
 
@@ -1141,7 +1142,8 @@ def fit_row(
 
     To sample, the weights and the caches are read once for each token of every slot, half of a context being sampled;
     to train, a token costs 6 operations a weight (forward, forward again, and backward to the adapter, whose own
-    gradient is small). The paper plays 800 tasks 15 times each (section 4).
+    gradient is small). The paper plays 800 tasks 15 times each (section 4). Each time is a range: from what the data
+    sheet allows to what it takes where only the shares of it in REACHED are reached.
     """
     train, cache, parallel = training_bytes(memory), memory["cache"], most_parallel(memory, room)
     most = max(("weights", "adapter", "checkpoints", "layer", "logits"), key=memory.get)

@@ -14,8 +14,8 @@ many at once as `rl.py --fit` says, under a cap on the memory that stands in for
 --fit predicts. The episodes begin with seven eighths of their context, which needs as much memory as a whole one, and
 much less time. With --rounds, 16 episodes as long as those of TauBench's Retail are then played in the three ways, which takes
 longer than all the rest: a prompt of half the context, then four turns of a sixty-fourth of it, with observations of twice that
-(of 8,192 tokens: 4,096, 128 and 256). `generate` splits its batch where the capped memory does not hold all of it; continuous
-batching, which asks the card itself what is free, has no cap. Weights are random, so every turn runs until it is cut; speed and
+(of 8,192 tokens: 4,096, 128 and 256); round 0, which warms up, has one turn. `generate` splits its batch where the capped memory does not
+hold all of it; continuous batching, which asks the card itself what is free, has no cap. Weights are random, so every turn runs until it is cut; speed and
 memory do not depend on that. Each figure is printed when it is known, and what fails, for want of memory or otherwise, is told
 and leaves the others as they are (the exit status is 1 then).
 Without a GPU the code of training and rollouts runs on tensors that have shapes and no numbers, and only the peaks are
@@ -299,8 +299,9 @@ def measure_shape(shape: str, gpu_gb: float, context: int, long: int, rounds: in
     with told("decoding"):
         seconds, unrecorded = decoding_seconds(policy, parallel, context)
         read = memory["weights"] + parallel * memory["cache"] * 15 / 16
-        print(f"  a token in each of {parallel} slots at {context * 15 // 16:,} tokens: {seconds * 1e3:.1f} ms, unrecorded {unrecorded * 1e3:.1f}; if weights and cache are read once, "
-              f"{read / seconds / 1e9:,.0f} GB a second, {read / seconds / copying_speed():.0%} of what this GPU copies", flush=True)
+        print(f"  a token in each of {parallel} slots at {context * 15 // 16:,} tokens: {seconds * 1e3:.1f} ms, unrecorded {unrecorded * 1e3:.1f}; "
+              f"if weights and cache are read once, {read / seconds / 1e9:,.0f} GB a second, {read / seconds / copying_speed():.0%} of what this GPU copies",
+              flush=True)
     if rounds:  # with caches of three quarters, as the library's ways leave some memory of their own behind
         compare(policy, policy, lambda number: as_in_retail(context, turns=4 if number else 1), context // 64, context * 3 // 4, rounds)
 

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1142,6 +1143,7 @@ def test_an_interrupt_while_a_child_is_asked_for_does_no_harm(jail, monkeypatch)
 # ---------------------------------------------------------------------------------------------------
 # the soak
 
+SHARED = tempfile.gettempdir(), "/dev/shm"  # folders into which anybody may write
 MIXED = [
     ("print(amount('tea'))", f"{TEA}\n"), ("1 / 0", ""), ("import os; os._exit(0)", ""), ("amount('gold')", ""),
     ("import os\nfor fd in range(3, 16):\n    try: os.close(fd)\n    except OSError: pass", ""), ("x = 'a' * 10**10", ""),
@@ -1149,7 +1151,7 @@ MIXED = [
     ("open('/etc/passwd')", ""), ("import socket; socket.socket()", ""), ("import ctypes; ctypes.string_at(0)", ""),
     ("import os\nfor fd in range(3, 16):\n    try: os.write(fd, b'null\\n')\n    except OSError: pass", ""),
     ("import os; os.kill(os.getpid(), 9)", ""), ("x = = 1", ""), ("print(add(1, 2))", "3\n"),
-    ("open('/tmp/left-by-the-soak', 'w')", ""), ("open('/dev/shm/left-by-the-soak', 'w')", ""),
+    *[(f"open('{folder}/left-by-the-soak', 'w')", "") for folder in SHARED],
 ]
 
 
@@ -1168,7 +1170,7 @@ def test_ten_thousand_mixed_checks_leave_no_process_no_file_and_no_descriptor(ja
     assert settled(jail)
     for folder, before in folders.items():
         assert set(os.listdir(folder)) <= before, folder
-    assert not any(os.path.exists(f"{folder}/left-by-the-soak") for folder in ("/tmp", "/dev/shm"))  # which others use, too
+    assert not any(os.path.exists(f"{folder}/left-by-the-soak") for folder in SHARED)  # in which others may write, too
 
 
 def test_what_a_child_does_not_read_is_not_sent_for_ever(jail):
