@@ -1043,7 +1043,7 @@ LAYER_BYTES = 4.8  # measured: a token in a layer's backward pass, for each inpu
 LOGIT_BYTES = 16  # measured: a logit, at the peak of a chunk's backward pass and of sampling
 KEPT_FREE = 1 / 12  # of the GPU's memory, for CUDA itself and for gaps between tensors
 RTX_3090 = 936e9, 71e12  # bytes that it reads in a second, and operations in 16 bits, by its data sheet
-REACHED = 0.15, 0.24  # measured: of the same two of an H200 (4.8e12, 989e12), for an 8B model and 16 slots
+REACHED = 0.12, 0.24  # measured: of the same two of an H200 (4.8e12, 989e12), for an 8B model and 16 slots
 
 
 def shape_of(name: str) -> PreTrainedConfig:
