@@ -176,7 +176,9 @@ def attach_adapter(base: torch.nn.Module, adapter: str | Path | None, rank: int,
     if adapter is not None:
         if Path(adapter).is_dir() and not Path(adapter, "adapter_config.json").exists():
             raise PolicyError(f"{str(adapter)!r} holds no adapter: give a folder such as runs/NAME/adapter")
-        with in_a_sentence(f"load the adapter {str(adapter)!r}", "give the folder of one trained on this model"):
+        with (in_a_sentence(f"load the adapter {str(adapter)!r}", "give the folder of one trained on this model"),
+              warnings.catch_warnings()):
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # which would be as new
             return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
     torch.manual_seed(seed)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")

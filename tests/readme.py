@@ -4,7 +4,8 @@
     python tests/readme.py --count     (only writes the scripts' lines into the README's table)
 
 What takes long is played in a smaller size, by options that are appended; the rest is the README's, to the letter. Models
-that have to be downloaded give way to the embedded one, the benchmarks' checkouts to the tests' stand-ins. A command has to
+that have to be downloaded give way to the embedded one, the benchmarks' checkouts to the tests' stand-ins; what needs the real
+ones, or a GPU, gets as far as it does without. A command has to
 end well. Where the embedded model cannot do the work, it may also end with the sentence that no task survived the filter.
 """
 import argparse
@@ -32,8 +33,10 @@ SMALLER = {  # what is appended to a command that begins so; the first that fits
     "python tests/bench_jail.py": "--checks 10 --rounds 1",
     "python tests/bench_rl.py": "--rounds 1 --tasks 1",
     "python tiny/pretrain.py": "--episodes 40 --epochs 1",
+    "TAU_BENCH=tau-bench M3TOOLEVAL=code-act python -m pytest": "--collect-only -q",
+    "TAU_BENCH=tau-bench python tests/bench_worlds.py": "--help",
 }
-ELSEWHERE = {"python -m pytest": "it is the next that .ci/run does", "TAU_BENCH=": "it needs the real checkouts", "TEST_GPU=": "it needs a GPU", "python tests/readme.py": "this is it"}
+ELSEWHERE = {"python -m pytest": "it is the next that .ci/run does", "python tests/readme.py": "this is it"}
 RULE = "# " + 99 * "-" + "\n"  # above the head of a chapter
 COMMAND = r"(?:[A-Z0-9_]+=\S+ )*python (?:-m \w+|\S+\.py)"
 
