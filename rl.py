@@ -308,6 +308,11 @@ class Executor(Episode):
         self.reward, self.status = float(verdict.passed), "answered"
 
 
+def executor(jail: Jail, task: Task) -> Executor:
+    """Return the executor's episode of a task, in a conversation where its world has users."""
+    return (SupportAgent if ENVIRONMENTS[task.env].talks else Executor)(jail, task)
+
+
 @dataclass
 class Trajectory:
     """An episode in tokens, for the trainer, and how far it has come; the first three fields have one entry a token."""
@@ -517,11 +522,6 @@ class SupportAgent(Executor):
         super().answer(self.said)
 
 
-def executor(jail: Jail, task: Task) -> Executor:
-    """Return the executor's episode of a task, in a conversation where its world has users."""
-    return (SupportAgent if ENVIRONMENTS[task.env].talks else Executor)(jail, task)
-
-
 def hear_users(episodes: list[Episode], user: Speaker) -> dict[Episode, str | None]:
     """Let the users of the episodes that ask speak, all at once; return what these observe, None at their end."""
     asking = [episode for episode in episodes if episode.asks]
@@ -665,7 +665,7 @@ def advance(
 
 def next_logits(policy: Policy, cache: SlotCache) -> Tensor:
     """Do the pass that the cache has been aimed at; return the logits [rows, vocabulary] of the next tokens."""
-    columns = torch.arange(cache.end, device=policy.device)
+    columns = torch.arange(cache.end, device=policy.device)  # [columns]
     visible = columns <= cache.targets[:, None, :, None]  # [rows, 1, width, columns]
     model = policy.model.get_base_model()  # with the adapter in it
     states = model.get_decoder()(
@@ -772,7 +772,7 @@ def check_probabilities(policy: Policy, name: str) -> None:
         raise PolicyError(f"the probabilities of the model {name!r} are no numbers: use another model or adapter")
     if not torch.equal(model.get_output_embeddings()(states[0]), logits):
         raise PolicyError(f"the model {name!r} does more to its logits than one linear layer: use another")
-    ours, own = sampled.log_softmax(-1), logits[0, [13, 11]].float().log_softmax(-1)
+    ours, own = sampled.log_softmax(-1), logits[0, [13, 11]].float().log_softmax(-1)  # [2, vocabulary]
     if not (own.exp() * (own - ours)).sum(-1).max() < 0.05:  # KL; rounding in 16 bits is a tenth of that
         raise PolicyError(f"the model {name!r} computes other probabilities with a cache of its past: use another")
 
@@ -838,8 +838,8 @@ def trajectory_logprobs(policy: Policy, batch: list[Trajectory], temperature: fl
     states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # [rows, columns, width]
     head = model.get_output_embeddings()  # from states to logits
     ### BEGIN SOLUTION
-    agent = mask[:, 1:]
-    sampled = token_logprobs(head, states[:, :-1][agent], ids[:, 1:][agent], temperature)
+    agent = mask[:, 1:]  # [rows, columns-1]
+    sampled = token_logprobs(head, states[:, :-1][agent], ids[:, 1:][agent], temperature)  # [n]
     return sampled.new_zeros(agent.shape).masked_scatter(agent, sampled), agent
     ### END SOLUTION
 
@@ -905,16 +905,16 @@ def reinforce_step(
         weight = torch.tensor([signal[row][1] for row in rows], device=policy.device)[:, None]  # [rows, 1]
         with checkpointed(policy.model):
             logprobs, agent = trajectory_logprobs(policy, batch, temperature)  # [rows, columns-1]
-            before = pad_sequence([torch.tensor(t.logprobs) for t in batch], batch_first=True).to(policy.device)[:, 1:]
-            difference = (before - logprobs.detach()) * agent
+            sampler = pad_sequence([torch.tensor(t.logprobs) for t in batch], batch_first=True).to(policy.device)[:, 1:]
+            log_ratio = (sampler - logprobs.detach()) * agent  # [rows, columns-1]: log p_sampler - log p_trainer
             ### BEGIN SOLUTION
             if importance_cap is not None:
-                weight = weight * (-difference).exp().clamp(max=importance_cap)
+                weight = weight * (-log_ratio).exp().clamp(max=importance_cap)
             loss = -(weight * logprobs).sum() / len(trajectories)
             ### END SOLUTION
             loss.backward()
         total += loss.item()
-        mismatch += difference.sum().item()
+        mismatch += log_ratio.sum().item()
         sampled += int(agent.sum())
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), max_norm).item()
     if not math.isfinite(norm):  # or it would be saved over the last good weights
@@ -959,7 +959,7 @@ def train(
         generator = seeded(policy.device, options.seed, "train", step)
         trajectories = rollout(policy, episodes, generator, model=teacher, **limits)
         rewards = torch.tensor([episode.reward for episode in episodes]).view(len(chosen), -1)  # [tasks, K]; or NaN
-        advantage = (~rewards.isnan()).float() if teacher else advantages(rewards, options.baseline)
+        advantage = (~rewards.isnan()).float() if teacher else advantages(rewards, options.baseline)  # [tasks, K]
         figures = reinforce_step(
             policy, optimizer, trajectories, advantage.flatten(), micro_batch_tokens=options.micro_batch_tokens,
             importance_cap=None if teacher else options.importance_cap)
@@ -1006,7 +1006,10 @@ def versions() -> dict[str, str]:
 
 
 def record(phase: str, step: int | None, episode: Episode) -> dict:
-    """Return an episode that is over as a line of trajectories.jsonl, without the long system message."""
+    """Return an episode that is over as a line of trajectories.jsonl, without the long system message.
+
+    `step` is that of training, or the number of the first of the attempts that were played with it, or None.
+    """
     task = getattr(episode, "task", None)  # which a challenger does not have
     instruction = task.instruction if task else episode.messages[1]["content"]
     reward = None if math.isnan(episode.reward) else episode.reward  # None: it does not count

@@ -650,7 +650,10 @@ class TauBench(BenchmarkEnvironment):
         return f"Start from the user {self.user}."
 
     def as_told(self, instruction: str) -> str:
-        """Return the instruction with who the user is, and without order numbers: those must be found (section 4)."""
+        """Return the instruction with who the user is, and without order numbers: those must be found.
+
+        The paper leaves out the numbers (section 4), on Retail.
+        """
         for number in self.state[self.numbers]:  # "#W0000001", which may be written without the #
             for written in (number, number.removeprefix("#")):
                 instruction = instruction.replace(written, "[number withheld]")

@@ -6,6 +6,7 @@ runs, the solution passes the evaluation, and no failure case does.
 
 Departures from the paper, and why:
 - `evaluate(answer)` replaces `<expected_output>`, so that all worlds share one format.
+- A step may lack its THOUGHT, and begin with a `<think>` block instead, as some models write.
 - Doing nothing must fail as well: a task that asks for nothing rewards every executor.
 - What the filter would keep is judged once more, and its solution four times more, each time with another random seed
   and at another date. `evaluate` must leave the state alone: a verdict that depends on chance, or that brings about
@@ -51,7 +52,14 @@ from tqdm import tqdm
 
 from tools import ENVIRONMENTS, Environment, ToolError, load_benchmarks, make_environment
 
-STAGES = ("parse", "runs", "solution", "failures", "ok")  # where a task can end, in the order of the filter
+STAGES = {  # of the filter, in their order, and what is known of a task that a stage has not rejected
+    "parse": "has all its parts",
+    "held-out": "is not a held-out task",  # selfchallenge.py looks for these, and for duplicates
+    "runs": "all its code runs",
+    "solution": "its solution passes",
+    "failures": "its failure cases fail",
+    "duplicate": "is new",
+}
 FAILURE_CASES = range(3, 17)     # how many a task may have: the paper asks for three
 SOURCE_CHARACTERS = 64 * 1024    # in an instruction or a source
 LINE_CHARACTERS = 1024 * 1024    # in a line of a task file
@@ -168,9 +176,10 @@ def parse_step(text: str) -> Step:
 
     A `<think>` block at the beginning, as some models write it, does not count. Only what the text then begins with,
     save for white space, is a thought, and `ACTION:` within it is not an action yet, not even if the thought never
-    ends. All between `ACTION:` and the next `END ACTION` is code, `ANSWER:` too. Other words may stand before and after
-    the one action or answer, but no second one, not even an unfinished one. An answer may be empty; an action, without
-    its indentation and fence (`strip_fence`), may not. No part has white space around it.
+    ends. All between `ACTION:` and the next `END ACTION` is code, whatever it speaks of, `ANSWER:` too; `REACTION:` is
+    no `ACTION:`. Other words may stand before and after the one action or answer, but no second one, not even an
+    unfinished one. An answer may be empty; an action, without its indentation and fence (`strip_fence`), may not. No
+    part has white space around it.
     """
     text = re.sub(r"^\s*<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
     ### BEGIN SOLUTION

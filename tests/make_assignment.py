@@ -17,6 +17,7 @@ SCRIPTS = ["tools.py", "verify.py", "rl.py", "eval.py", "selfchallenge.py"]  # i
 SHIPPED = [*SCRIPTS, "README.md", "LICENSE", "requirements.txt", ".gitignore", "tiny", "tests"]
 WITHHELD = {"tests/" + name for name in ("make_assignment.py", "wrong_answers.py", "grade.py", "test_assignment.py", "INSTRUCTOR.md")}
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
+FOR_STUDENTS = "## As an assignment\n\nThe functions that are missing here are exercises: `tests/COURSE.md` is the handout.\n\n"
 TELLING = 16  # a line of so many characters belongs to its solution; a shorter one may stand anywhere
 
 
@@ -63,10 +64,21 @@ def exercise_at(script: str, lines: list[str], first: int, last: int) -> Exercis
         raise AssignmentError(f"{place}: the region is empty")
     if lines[last] != indentation + END or any(line.strip() and not line.startswith(indentation) for line in inside):
         raise AssignmentError(f"{place}: the region, up to its end in line {last + 1}, is not indented like its beginning")
-    heads = [match for line in lines[:first] if (match := re.match(r"( *)def (\w+)", line)) and len(match[1]) < len(indentation)]
-    if not heads:
+    name = function_around(lines[:first], len(indentation))
+    if name is None:
         raise AssignmentError(f"{place}: the region stands in no function")
-    return Exercise(heads[-1][2], script, first, last, indentation, "\n".join(inside))
+    return Exercise(name, script, first, last, indentation, "\n".join(inside))
+
+
+def function_around(before: list[str], depth: int) -> str | None:
+    """Return the name of the function in which a line with so much indentation stands, after these lines; None if in none."""
+    for line in reversed(before):
+        own = len(line) - len(line.lstrip())
+        if line.strip() and own < depth and not line.lstrip().startswith(")"):  # a block around it; ")" ends a head of several lines
+            if head := re.match(r" *def (\w+)", line):
+                return head[1]
+            depth = own
+    return None
 
 
 def all_exercises(root: Path = ROOT) -> list[Exercise]:
@@ -95,6 +107,11 @@ def shipped_files(root: Path = ROOT) -> list[str]:
     return [name for name in names if name not in WITHHELD]
 
 
+def for_students(readme: str) -> str:
+    """Return the README with another chapter about the course, whose own one speaks of files that stay with the teacher."""
+    return re.sub("^## As an assignment\n.*?(?=^## )", FOR_STUDENTS, readme, flags=re.MULTILINE | re.DOTALL)
+
+
 def make_copy(folder: Path, answers: dict[str, str] | None = None, root: Path = ROOT) -> None:
     """Write the student's copy, with answers to some exercises if wanted; raises AssignmentError if it would tell a solution."""
     if folder.exists():
@@ -102,6 +119,7 @@ def make_copy(folder: Path, answers: dict[str, str] | None = None, root: Path = 
     answers = answers or {}
     files = {name: (root / name).read_bytes() for name in shipped_files(root)}
     files |= {script: text.encode() for script, text in scripts_with(answers, root).items()}
+    files |= {"README.md": for_students(files["README.md"].decode()).encode()} if "README.md" in files else {}
     for exercise in all_exercises(root):
         for line in map(str.strip, exercise.solution.split("\n")):
             telling = [name for name, content in files.items() if line.encode() in content]

@@ -1,4 +1,4 @@
-"""Every command that the README documents, in its order, in a copy of the repository. `.ci/run` runs this.
+"""Every command that the README documents, then those of the course, in a copy of the repository. `.ci/run` runs this.
 
     python tests/readme.py
     python tests/readme.py --count     (only writes the scripts' lines into the README's table)
@@ -35,6 +35,7 @@ SMALLER = {  # what is appended to a command that begins so; the first that fits
     "python tiny/pretrain.py": "--episodes 40 --epochs 1",
     "TAU_BENCH=tau-bench M3TOOLEVAL=code-act python -m pytest": "--collect-only -q",
     "TAU_BENCH=tau-bench python tests/bench_worlds.py": "--help",
+    "python tests/wrong_answers.py": "--help",  # test_assignment.py plays them
 }
 ELSEWHERE = {"python -m pytest": "it is the next that .ci/run does", "python tests/readme.py": "this is it"}
 RULE = "# " + 99 * "-" + "\n"  # above the head of a chapter
@@ -102,7 +103,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "copy"
         prepare(folder, readme)
-        for command in sorted(documented(readme), key=lambda command: "run-2" in command):  # which is there only when others have run
+        course = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").glob("*.md"))]
+        for command in sorted(documented("\n".join([readme, *course])), key=lambda command: "run-2" in command):  # which is there only when others have run
             if where := next((why for start, why in ELSEWHERE.items() if command.startswith(start)), None):
                 print(f"not here, {where}: {command}")
             else:

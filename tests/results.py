@@ -54,8 +54,8 @@ def table(summaries: dict[int, dict]) -> str:
     means = "".join(f"{'%.1f -> %.1f' % tuple(map(fmean, zip(*columns[metric]))):>18}" for metric in METRICS)
     lines.append(f"{'mean':>5}{means}")
     if len(summaries) > 1:
-        errors = "".join(f"{'± %.1f' % (stdev(after for _, after in columns[m]) / len(summaries) ** 0.5):>18}" for m in METRICS)
-        lines.append(f"{'±':>5}{errors}   (standard error over seeds, after)")
+        errors = [tuple(stdev(phase) / len(summaries) ** 0.5 for phase in zip(*columns[metric])) for metric in METRICS]
+        lines.append(f"{'±':>5}" + "".join(f"{'%.1f -> %.1f' % error:>18}" for error in errors) + "   (standard error over seeds)")
     return "\n".join(lines)
 
 

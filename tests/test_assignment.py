@@ -83,6 +83,7 @@ def test_an_answer_stands_in_its_place_and_only_there(tmp_path):
     (f"def f():\n    {BEGIN}\n    x\n  {END}\n", "not indented like its beginning"),
     (f"def f():\n    {BEGIN}\n  x\n    {END}\n", "not indented like its beginning"),
     (f"{BEGIN}\nx\n{END}\n", "stands in no function"),
+    (f"def f():\n    pass\n\n\nif x:\n    {BEGIN}\n    x\n    {END}\n", "stands in no function"),
     ("def f():\n    ### BEGIN SOLUTIONS\n    x\n", "'### BEGIN SOLUTIONS' is neither"),
     ("def f():\n    ### BEGIN HIDDEN TESTS\n    x\n", "is neither"),
     ("def f():\n    # end solution\n", "is neither"),
@@ -134,6 +135,8 @@ def test_no_line_of_a_solution_is_left(copy):
 def test_what_is_the_teacher_s_stays_with_the_teacher(copy):
     shipped = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
     assert not shipped & WITHHELD and all((ROOT / name).exists() for name in WITHHELD)
+    readme = (copy / "README.md").read_text()
+    assert "tests/COURSE.md" in readme and not [name for name in WITHHELD if Path(name).name in readme] and "SOLUTION" not in readme
     assert {*SCRIPTS, "README.md", "requirements.txt", "tiny/model.safetensors", "tests/COURSE.md", "tests/test_rl.py"} <= shipped
     assert not [name for name in shipped if ".git/" in name or "__pycache__" in name or name.startswith("runs")]
 
@@ -183,9 +186,9 @@ def test_a_solution_passes_although_no_other_exercise_is_solved(played, name):
 
 @pytest.mark.parametrize("name, answer", [(name, answer) for name in WRONG for answer in WRONG[name]])
 def test_a_wrong_answer_is_rejected(played, name, answer):
-    """By an assertion, or by pytest because an error was expected that did not come; no test was skipped or lost on the way."""
+    """By an assertion, by pytest because an error was expected that did not come, or because a step was refused; no test was lost."""
     ends = played[name, answer]
-    assert {"AssertionError", "Failed"} & set(ends.values())
+    assert {"AssertionError", "Failed", "FormatError"} & set(ends.values())
     assert len(ends) == len(played[name, "the solution"]) and not {"SyntaxError", "NameError", "NotImplementedError"} & set(ends.values())
 
 

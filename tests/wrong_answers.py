@@ -56,6 +56,11 @@ WRONG = {
         "a thought ends at any END": altered("parse_step", ('.partition("END THOUGHT")', '.partition("END ")')),
         "code is stripped before its lines lose what they share": altered("parse_step", (
             "strip_fence(content)", "strip_fence(content.strip())")),
+        "no word has to begin with the tag": altered("parse_step", ('re.search(r"\\b(ACTION|ANSWER):", rest)', 're.search(r"(ACTION|ANSWER):", rest)')),
+        "an answer speaks of no action": altered("parse_step", (
+            're.search(r"\\b(ACTION|ANSWER):", after)', 're.search(r"\\b(ACTION|ANSWER):", (content if kind == "ANSWER" else "") + after)')),
+        "code speaks of no action": altered("parse_step", (
+            're.search(r"\\b(ACTION|ANSWER):", after)', 're.search(r"\\bACTION:", content) or re.search(r"\\b(ACTION|ANSWER):", after)')),
         "the first line of an answer": altered("parse_step", ("else content.strip()", 'else content.strip().partition("\\n")[0]')),
     },
     "evaluate": {
@@ -71,6 +76,9 @@ WRONG = {
         "what equals False is a fail without a reason": altered("evaluate", ("is not False", "!= False")),
         "no value is a fail without a reason": altered("evaluate", ("outcome.error is None and", "False and")),
         "the state may be changed": altered("evaluate", ("if environment.state !=", "if False and environment.state !=")),
+        "the state becomes a fresh one": altered("evaluate", ("environment.state = untouched", "environment.reset(task.seed)")),
+        "only a world that is judged by its state is looked at": altered("evaluate", (
+            "if environment.state !=", "if not environment.answered and environment.state !=")),
         "the state is not put back": altered("evaluate", ("    environment.state = untouched\n", "")),
     },
     "check": {
@@ -188,7 +196,7 @@ WRONG = {
         "divided by the temperature once more": altered("reinforce_step", ("len(trajectories)", "len(trajectories) / temperature")),
         "divided by each length": altered("reinforce_step", (".sum() /", ".sum(1).div(agent.sum(1)).sum() /")),
         "the ratio without its cap": altered("reinforce_step", (".clamp(max=importance_cap)", "")),
-        "the ratio upside down": altered("reinforce_step", ("(-difference)", "difference")),
+        "the ratio upside down": altered("reinforce_step", ("(-log_ratio)", "log_ratio")),
         "the inverse of the cap is a floor": altered("reinforce_step", ("(max=importance_cap)", "(1 / importance_cap, importance_cap)")),
         "weighed even without a cap": altered("reinforce_step", (
             "if importance_cap is not None:", "if True:"), ("max=importance_cap", "max=importance_cap or 1.0")),

@@ -15,6 +15,7 @@ from verify import FormatError, parse_step
     ("Well. THOUGHT: a END THOUGHT ANSWER: 5 END ANSWER", "", "answer", "5"),
     ("ACTION: print('THOUGHT: a') END ACTION", "", "action", "print('THOUGHT: a')"),
     ("ANSWER: ```5``` END ANSWER", "", "answer", "```5```"),
+    ("ANSWER: say ACTION: f() END ACTION, or ANSWER: 5 END ANSWER", "", "answer", "say ACTION: f() END ACTION, or ANSWER: 5"),
     ('ANSWER: "a"\n"b" END ANSWER', "", "answer", '"a"\n"b"'),
     ("THOUGHT: to the END we go END THOUGHT ACTION: print('END OF LIST') END ACTION", "to the END we go", "action", "print('END OF LIST')"),
     ("THOUGHT: a END THOUGHT ACTION: f() END ACTION\n\nTHOUGHT: b\nEND THOUGHT", "a", "action", "f()"),
@@ -31,7 +32,7 @@ def test_what_a_thought_speaks_of_is_not_done():
 
 
 def test_code_may_speak_of_an_answer():
-    for code in ("print('ANSWER: 5')", "print('ANSWER: 5 END ANSWER')"):
+    for code in ("print('ANSWER: 5')", "print('ANSWER: 5 END ANSWER')", "print('ACTION: f()')"):
         assert parse_step(f"ACTION: {code} END ACTION").content == code
 
 
@@ -66,6 +67,7 @@ def test_all_lines_of_code_lose_the_indentation_that_they_share():
     "ACTION: f() ANSWER: 5 END ANSWER",
     "THOUGHT: a END THOUGHT THOUGHT: not an ACTION: f() END ACTION END THOUGHT ANSWER: 5 END ANSWER",
     "action: f() END ACTION",
+    "My REACTION: f() END ACTION",
 ])
 def test_a_malformed_step_gets_the_reminder(text):
     with pytest.raises(FormatError, match="END ACTION and ANSWER"):
