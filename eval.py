@@ -46,13 +46,14 @@ from typing import Any
 if __name__ == "__main__":  # while the libraries load: seconds, in which they may swallow an exception
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted; nothing was begun\n"), os._exit(1)))
 
-import torch
 from tqdm import tqdm
 
 from rl import Help, Policy, add_rollout_options, advice_on_memory, append_lines, executor, in_a_sentence, load_policy
 from rl import natural, positive, prepare, read_tasks, record, rollout, rollout_limits, seeded, versions
 from tools import ENVIRONMENTS, BenchmarkEnvironment, make_environment
 from verify import STAGES, BenchmarkTask, Jail, Task, TaskError, guarded, verdict_on, what_is_left
+
+import torch  # after rl.py, which says how its threads wait
 
 SUITES = ("calculator", "shop")  # the toy suites, which need no download
 PAPER_MODELS = ["Llama-3.1-8B-Instruct", "... after self-challenging", "... one model for all",

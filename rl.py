@@ -41,6 +41,7 @@ from typing import Any
 if __name__ == "__main__":  # while the libraries load: seconds, in which they may swallow an exception
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted; nothing was begun\n"), os._exit(1)))
 
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # waiting threads soon sleep: else one busy core slows all five-fold
 import torch
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -164,8 +165,7 @@ def stop_tokens(base: torch.nn.Module, tokenizer) -> frozenset[int]:
     """
     ends = base.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    return frozenset(ends | {end_of_turn(tokenizer)} & special)
+    return frozenset(ends | {end_of_turn(tokenizer)[-1]} & special_tokens(tokenizer))
 
 
 def attach_adapter(base: torch.nn.Module, adapter: str | Path | None, rank: int, seed: int) -> PeftModel:
@@ -210,9 +210,15 @@ def observation_tokens(tokenizer, observation: str) -> list[int]:
     return prompt_tokens(tokenizer, [{"role": role, "content": content} for role, content in turns], after="MARKER")
 
 
-def end_of_turn(tokenizer) -> int:
-    """Return the token with which the chat template ends the agent's turn."""
-    return observation_tokens(tokenizer, "")[0]
+def end_of_turn(tokenizer) -> list[int]:
+    """Return the tokens with which the chat template ends the agent's turn, such as " </s>": up to a special one."""
+    tokens, special = observation_tokens(tokenizer, ""), special_tokens(tokenizer)
+    return tokens[:1 + next((n for n, token in enumerate(tokens) if token in special), 0)]
+
+
+def special_tokens(tokenizer) -> set[int]:
+    """Return the tokens that no text stands for."""
+    return {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -470,8 +476,8 @@ def observe(policy: Policy, t: Trajectory, reply: str | None, context: int) -> N
     if reply is not None:
         t.episode.messages.append({"role": "user", "content": reply})
         tokens = observation_tokens(policy.tokenizer, reply)
-        if t.tokens[-1] == tokens[0]:  # the agent itself has written the end of its turn
-            tokens = tokens[1:]
+        if (end := t.tokens[-1]) in policy.stop_ids and end in tokens:  # the agent itself has written its turn's end
+            tokens = tokens[tokens.index(end) + 1:]
         if len(t.tokens) + len(tokens) < context:
             t.extend(tokens, False)
             return
@@ -557,7 +563,7 @@ def written_turns(
                 t.episode.reward, t.episode.status = math.nan, "model failed"
                 t.end()
             else:
-                said = tokenizer(defuse(tokenizer, text), add_special_tokens=False).input_ids + [end_of_turn(tokenizer)]
+                said = tokenizer(defuse(tokenizer, text), add_special_tokens=False).input_ids + end_of_turn(tokenizer)
                 kept = said[:context - len(t.tokens)]
                 t.text = text if kept == said else turn_text(policy, kept)
                 t.extend(kept, True, [0.0] * len(kept))
@@ -736,15 +742,20 @@ def longest_context(config: PreTrainedConfig) -> float:
 
 
 def check_template(tokenizer) -> None:
-    """Raise PolicyError unless conversations only grow, by what the agent wrote: some templates drop old thoughts."""
-    system, ask = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}
-    for turn in ("TURN", "<think>\nTURN\n</think>\n\nTURN"):
-        talk = [system, ask, {"role": "assistant", "content": turn}, ask]
+    """Raise PolicyError unless conversations only grow, by what the agent wrote: some templates drop old thoughts.
+
+    Those are tried in the project's own format and in three others, in turns of some length.
+    """
+    marks = ("THOUGHT:", "END THOUGHT"), ("<think>", "</think>"), ("<thought>", "</thought>"), ("[THINK]", "[/THINK]")
+    turns = [f"{begin}\n{'why ' * 50}{end}\n\nTURN" for begin, end in marks]
+    talk, before = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], None
+    for turn in ("", *turns):  # the first text has no turn yet
+        talk += [{"role": "assistant", "content": turn}, {"role": "user", "content": "U"}] if turn else []
         with in_a_sentence("put a system message and turns into the model's chat template", "use another model"):
-            before, after = [tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=True)
-                             for some in (talk[:2], talk)]
-        if not after.startswith(before) or not after[len(before):].lstrip().startswith(turn):
+            text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        if turn and not (text.startswith(before) and text[len(before):].lstrip().startswith(turn)):
             raise PolicyError("the chat template rewrites earlier turns, or writes into them: use another model")
+        before = text
 
 
 @torch.inference_mode()
@@ -891,18 +902,20 @@ def reinforce_step(
     loss = -1/N sum_i A_i sum_t log pi(a_t | history)    (REINFORCE, Williams 1992; equation 2 of the paper, with R_i)
 
     The inner sum runs over the tokens that the agent sampled. N counts all trajectories, also those without signal
-    (A = 0), on which no computation is spent: so the gradient does not depend on how they are split into micro-batches.
+    (A = 0), on which no computation is spent (but one is scored if there are no others): so the gradient does not
+    depend on how they are split into micro-batches.
     With `importance_cap` C each token is weighed with min(p_trainer / p_sampler, C), for a sampler that computes other
     probabilities than the trainer (Yao et al. 2025). Returns "loss", "gradient_norm" before clipping to `max_norm`,
-    "trained_tokens", and "mismatch_kl", the mean of log p_sampler - log p_trainer over these tokens, None if there are
-    none. Raises PolicyError if the gradient is not finite.
+    "trained_tokens", and "mismatch_kl", the mean of log p_sampler - log p_trainer over the tokens that were scored,
+    None if there are none. Raises PolicyError if the gradient is not finite.
     """
     signal = [(t, a) for t, a in zip(trajectories, advantage.tolist()) if a != 0]
+    scored = signal or [(t, 0.0) for t in trajectories[:1]]  # for mismatch_kl at least
     total, mismatch, sampled = 0.0, 0.0, 0
     optimizer.zero_grad()
-    for rows in micro_batches([len(t.tokens) for t, _ in signal], micro_batch_tokens):
-        batch = [signal[row][0] for row in rows]
-        weight = torch.tensor([signal[row][1] for row in rows], device=policy.device)[:, None]  # [rows, 1]
+    for rows in micro_batches([len(t.tokens) for t, _ in scored], micro_batch_tokens):
+        batch = [scored[row][0] for row in rows]
+        weight = torch.tensor([scored[row][1] for row in rows], device=policy.device)[:, None]  # [rows, 1]
         with checkpointed(policy.model):
             logprobs, agent = trajectory_logprobs(policy, batch, temperature)  # [rows, columns-1]
             sampler = pad_sequence([torch.tensor(t.logprobs) for t in batch], batch_first=True).to(policy.device)[:, 1:]
@@ -919,9 +932,11 @@ def reinforce_step(
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), max_norm).item()
     if not math.isfinite(norm):  # or it would be saved over the last good weights
         raise PolicyError("the gradient is no number any more: lower --learning-rate")
-    optimizer.step()
+    if signal:  # or Adam's momentum would go on without a gradient
+        optimizer.step()
     mismatch_kl = mismatch / sampled if sampled else None
-    return {"loss": total, "gradient_norm": norm, "mismatch_kl": mismatch_kl, "trained_tokens": sampled}
+    trained = sampled if signal else 0
+    return {"loss": total, "gradient_norm": norm, "mismatch_kl": mismatch_kl, "trained_tokens": trained}
 
 
 def make_optimizer(policy: Policy, learning_rate: float) -> Optimizer:
@@ -1152,12 +1167,16 @@ def fit_row(
     """
     train, cache, parallel = training_bytes(memory), memory["cache"], most_parallel(memory, room)
     most = max(("weights", "adapter", "checkpoints", "layer", "logits"), key=memory.get)
-    read = memory["weights"] + parallel * cache / 2  # for a token of every slot
-    sampling = context / 2 / max(parallel, 1) * read / RTX_3090[0]  # seconds of an episode
+
+    def sampling(slots: int) -> float:  # seconds of an episode, of which so many are side by side
+        read = memory["weights"] + slots * cache / 2  # for a token of every slot
+        return context / 2 / max(slots, 1) * read / RTX_3090[0]
+
     training = context * 6 * memory["parameters"] / RTX_3090[1]
     shares = (1, 1), REACHED
-    step = [episodes * (sampling / of_reading + training / of_computing) / 60 for of_reading, of_computing in shares]
-    paper = [12_000 * sampling / of_reading / 3600 for of_reading, _ in shares]
+    step = [episodes * (sampling(min(parallel, episodes)) / of_reading + training / of_computing) / 60
+            for of_reading, of_computing in shares]
+    paper = [12_000 * sampling(parallel) / of_reading / 3600 for of_reading, _ in shares]
     times = "{:.1f} to {:.1f} min".format(*step), "{:.1f} to {:.1f} h".format(*paper)
     if context > longest_context(config):
         times = "beyond the model", "-"
@@ -1175,8 +1194,9 @@ def advice_on_memory(model: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         size = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 24
-        raise MemoryError("the memory does not suffice: lower --parallel, --micro-batch-tokens or --context "
-                          f"(python rl.py --fit {model} --gpu-gb {size:.0f} shows what fits)") from error
+        advice = f"(python rl.py --fit {model} --gpu-gb {size:.0f} shows what fits)"
+        raise MemoryError("the memory does not suffice: lower --parallel, or --micro-batch-tokens in training, or "
+                          f"begin anew with a lower --context {advice}") from error
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1244,6 +1264,7 @@ def main() -> int:
     add("--fit", metavar="MODEL", help="only say which context and how many episodes of a model fit on a GPU")
     add("--gpu-gb", type=float, default=24, help="the memory of that GPU")
     add("--out", type=Path, default=Path("runs/rl"), help="new folder for metrics, trajectories and adapter")
+    add("--adapter", metavar="FOLDER", help="go on with this adapter")
     add_training_options(parser)
     options = parser.parse_args()
     out = options.out
@@ -1261,7 +1282,7 @@ def main() -> int:
             raise PolicyError(f"{out} exists already: choose another --out, so that nothing is overwritten")
         with Jail(allow_weak=options.allow_weak_jail) as jail, advice_on_memory(options.model):
             print(jail.describe())
-            policy = load_policy(options.model, rank=options.rank, seed=options.seed)
+            policy = load_policy(options.model, options.adapter, options.rank, options.seed)
             optimizer = make_optimizer(policy, options.learning_rate)
             for metrics, episodes in train(policy, optimizer, jail, tasks, options):
                 out.mkdir(parents=True, exist_ok=True)  # only now is there something to keep
@@ -1271,7 +1292,12 @@ def main() -> int:
                 save_adapter(policy, out / "adapter")
         print(f"adapter: {out / 'adapter'}" if out.exists() else "no step was taken, so nothing was written")
 
-    return guarded("rl.py", work, lambda: f"what is finished is in {out}" if out.exists() else "nothing was begun")
+    def how_to_go_on() -> str:
+        if not out.exists():
+            return "nothing was begun"
+        return f"what is finished is in {out}: go on from there with --adapter {out / 'adapter'} and another --out"
+
+    return guarded("rl.py", work, how_to_go_on)
 
 
 if __name__ == "__main__":

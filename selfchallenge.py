@@ -41,7 +41,6 @@ from zipfile import ZipFile
 if __name__ == "__main__":  # while the libraries load: seconds, in which they may swallow an exception
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted; nothing was begun\n"), os._exit(1)))
 
-import torch
 from tqdm import tqdm
 
 from eval import SUITES, evaluate_policy, format_table, load_suite, setting_of, write_report
@@ -50,6 +49,8 @@ from rl import load_policy, make_optimizer, natural, positive, prepare, record, 
 from rl import rollout_limits, save_adapter, seeded, train, versions
 from tools import AGENT_TOKENS, ENVIRONMENTS, Environment, endpoint_model, make_environment
 from verify import STAGES, CodeAsTask, Jail, Judgement, Task, TaskError, guarded, judge, parse_task
+
+import torch  # after rl.py, which says how its threads wait
 
 # ---------------------------------------------------------------------------------------------------
 # the challenger

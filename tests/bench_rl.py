@@ -37,6 +37,7 @@ from statistics import median
 from typing import Callable
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # as it is on a card of 24 GB; an H100 or H200 takes four times as much
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as in rl.py
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as in rl.py
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPU", "")  # before torch is imported, here and in what the tests start
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -216,9 +216,17 @@ def test_trajectories_without_signal_only_count_in_the_divisor(policy):
 
 
 def test_a_step_without_any_signal_leaves_the_policy_alone(policy):
+    """Even where Adam is under way; what the sampler and the trainer say of a trajectory is compared all the same."""
+    policy, trajectories = load_policy("tiny"), some_trajectories(2)
+    optimizer = make_optimizer(policy, 0.1)
+    reinforce_step(policy, optimizer, trajectories, torch.tensor([1.0, -1.0]))
     before = [p.detach().clone() for p in policy.model.parameters() if p.requires_grad]
-    reinforce_step(policy, make_optimizer(policy, 0.1), some_trajectories(2), torch.zeros(2))
+    trajectories[0].logprobs = [0.0, *(trajectory_logprobs(policy, trajectories[:1], 1.0)[0][0] - 0.25).tolist()]
+    figures = reinforce_step(policy, optimizer, trajectories, torch.zeros(2))
     assert all(torch.equal(a, b) for a, b in zip(before, (p for p in policy.model.parameters() if p.requires_grad)))
+    assert (figures["loss"], figures["gradient_norm"], figures["trained_tokens"]) == (0.0, 0.0, 0)
+    assert figures["mismatch_kl"] == pytest.approx(-0.25, abs=1e-5)
+    assert reinforce_step(policy, optimizer, [], torch.zeros(0))["mismatch_kl"] is None
 
 
 def test_tokens_that_the_agent_did_not_sample_carry_no_loss(policy):
@@ -293,6 +301,12 @@ def test_checkpointing_changes_no_gradient_and_leaves_the_cache_on(policy, monke
     for one, other in zip(with_it, without):
         torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-4)
     assert not policy.model.get_base_model().is_gradient_checkpointing
+
+
+def test_checkpointing_is_not_reentrant(policy):
+    with rl.checkpointed(policy.model):
+        functions = [module._gradient_checkpointing_func for module in policy.model.modules() if hasattr(module, "_gradient_checkpointing_func")]
+    assert functions and all(function.keywords["use_reentrant"] is False for function in functions)
 
 
 def test_an_importance_ratio_weighs_each_token_up_to_its_cap(policy):
@@ -646,7 +660,14 @@ MOVES_THE_SYSTEM = (  # to the last of the user's turns
     "{% for m in messages %}{% if m.role != 'system' %}{{ '<|im_start|>' + (messages[0].content if loop.last and m.role == 'user' else '') "
     "+ m.content + '<|im_end|>' }}{% endif %}{% endfor %}")
 NAMES_A_CHANNEL = CHATML.replace("m.content", "('channel: final\\n' if m.role == 'assistant' else '') + m.content")  # as in front of an answer
-FORGETS_THOUGHTS = CHATML.replace(BLOCK % "m.content", BLOCK % "(m.content if loop.last else m.content.split('</think>')[-1])")
+def earlier(change: str) -> str:
+    """ChatML in which all messages but the last are changed."""
+    return CHATML.replace(BLOCK % "m.content", BLOCK % f"(m.content if loop.last else m.content{change})")
+
+
+SPACED = (  # as Llama 2 has it: the system message in the user's first turn, and a space before the end of the agent's
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' + (messages[0].content + '\n' if loop.index0 == 1 else '') + m.content + ' [/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}")
 
 
 def model_folder(folder, config, template, special, end):
@@ -668,6 +689,7 @@ MODELS = {
     "Phi-like": (LlamaConfig(**SMALL), ENDS_BY_ITSELF, ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
     "Llama-3-like": (LlamaConfig(**SMALL, attention_dropout=0.5), HEADERS,
                      ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>"),
+    "Llama-2-like": (LlamaConfig(**SMALL), SPACED, ["<s>", "[INST]", "[/INST]", "</s>"], "</s>"),
 }
 
 
@@ -694,16 +716,34 @@ def test_any_chat_model_plays_learns_and_is_saved(another, tmp_path):
     assert not torch.equal(trajectory_logprobs(load_policy(str(another), seed=1), trajectories, 1.0)[0], trained)
 
 
+@pytest.mark.parametrize("end", ["</s>", " </s>", ""])
+def test_an_end_of_turn_behind_a_space_stands_there_once_whoever_writes_it(tmp_path, end):
+    """The agent samples the end alone, or with its space, or is cut before it; another model has it written as the template does."""
+    policy = load_policy(str(model_folder(tmp_path / "model", *MODELS["Llama-2-like"])))
+    t, ids = rl.opened(policy, (episode := Script(2)).messages, episode), policy.tokenizer
+    t.extend(ids(f"one{end}", add_special_tokens=False).input_ids, True, [0.0])
+    rl.observe(policy, t, "seen", 512)
+    assert ids.decode(t.tokens).replace(" ", "") == "<s>[INST]s\nu[/INST]one</s><s>[INST]seen[/INST]"
+    (written,) = rollout(policy, [Script(2)], seeded(policy.device, 0), model=lambda talks: ["one"] * len(talks))
+    assert ids.decode(written.tokens).count("</s>") == 2 and written.tokens[-1] in policy.stop_ids
+    assert ids.decode([token for token, own in zip(written.tokens, written.mask) if own]).replace(" ", "") == "one</s>" * 2
+
+
+EARLIER = [".split('</think>')[-1]", ".split('</thought>')[-1]", ".split('[/THINK]')[-1]", ".split('END THOUGHT')[-1]", "[:50]", "[-50:]"]
+
+
 @pytest.mark.parametrize("template, reason", [
+    ("{% for m in messages %}{% if loop.last or m.role != 'user' %}" + BLOCK % "m.content" + "{% endif %}{% endfor %}", "rewrites earlier turns"),
+    ("{% for m in messages[-4:] %}" + BLOCK % "m.content" + "{% endfor %}", "rewrites earlier turns"),
     ("{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}<|end|>{% endfor %}", "rewrites earlier turns"),
-    (FORGETS_THOUGHTS, "rewrites earlier turns"),
+    *[(earlier(change), "rewrites earlier turns") for change in EARLIER],
     (OPENS_A_THOUGHT, "rewrites earlier turns"),
     (MOVES_THE_SYSTEM, "rewrites earlier turns"),
     ("{{ 'Hello' }}", "rewrites earlier turns"),
     (NAMES_A_CHANNEL, "writes into them"),
     ("{{ raise_exception('System role not supported') }}", "System role not supported"),
     (None, "no chat template"),
-], ids=["drops turns", "drops thoughts", "opens a thought", "moves the system", "ignores all", "names a channel", "no system", "none"])
+], ids=["drops observations", "drops what is long ago", "drops turns", *EARLIER, "opens a thought", "moves the system", "ignores all", "names a channel", "no system", "none"])
 def test_a_template_that_cannot_be_used_is_one_sentence_before_weights_are_loaded(tmp_path, monkeypatch, template, reason):
     monkeypatch.setattr(rl, "load_base", lambda *_: pytest.fail("the weights are loaded"))
     config, _, special, end = MODELS["Qwen-like"]
@@ -860,6 +900,18 @@ def test_training_alone_leaves_a_folder_that_the_report_can_read(tmp_path, monke
     assert "model tiny, seed 3" in write_report(tmp_path / "run").read_text()
 
 
+def test_training_alone_goes_on_with_an_adapter(tmp_path, monkeypatch):
+    given = load_policy("tiny", rank=4)
+    for p in given.model.parameters():
+        p.data.add_(0.001 if p.requires_grad else 0)
+    rl.save_adapter(given, tmp_path / "given")
+    monkeypatch.setattr("sys.argv", ["rl.py", "--tasks", str(rl.TINY / "held_out_calculator.jsonl"), "--out", str(tmp_path / "run"), "--adapter",
+                                     str(tmp_path / "given"), "--steps", "1", "--tasks-per-step", "2", "--rollouts", "2", "--learning-rate", "1e-30"])
+    assert rl.main() == 0
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "given", tmp_path / "run" / "adapter"))
+    assert one.keys() == other.keys() and all(torch.allclose(one[name], other[name], rtol=0, atol=1e-9) for name in one)
+
+
 def test_a_gradient_that_is_no_number_changes_nothing(policy):
     before = [p.clone() for p in policy.model.parameters() if p.requires_grad]
     (t,) = rollout(policy, [Script(1)], seeded(policy.device, 2), turn_tokens=8)
@@ -955,6 +1007,16 @@ def test_fit_says_what_fits_or_that_nothing_does(capsys, monkeypatch):
         lines = [line for line in output.splitlines() if line[:8].strip().replace(",", "").isdigit()]
         assert len(lines) == len(rl.CONTEXTS) and all(part in line for part, line in zip(said, lines))
         assert ("Nothing fits" in output) == ("--parallel" not in output) == (gpu_gb == "1")
+
+
+def test_fit_counts_no_more_slots_than_a_step_has_episodes():
+    """By hand: 8 episodes sample 1,024 tokens each, of 8 slots the weights are read once a token, and each trains 2,048."""
+    config = rl.shape_of("meta-llama/Llama-3.1-8B-Instruct")
+    memory, room = rl.memory_of(config, 8, 2048), 22 * 2**30
+    assert rl.most_parallel(memory, room) > 8
+    sampled = 1024 * (memory["weights"] + 8 * memory["cache"] / 2) / 936e9
+    seconds = sampled + 8 * 2048 * 6 * memory["parameters"] / 71e12
+    assert rl.fit_row(config, 2048, memory, room, 8)[5].startswith(f"{seconds / 60:.1f} to ")
 
 
 def test_fit_of_a_model_that_ends_before_the_first_context_says_so(capsys, monkeypatch, tmp_path):
