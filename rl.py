@@ -431,9 +431,20 @@ def sampled_turns(
             cache.replay = None  # what `decode` has recorded, for these slots only
             yield ended
             ended.clear()
-            slots = [next(queue, t) if t.over else t for t in slots]
+            slots = [successor(t, queue) if t.over else t for t in slots]
             cache.keep([slot for slot, t in enumerate(slots) if not t.over])
             slots = [t for t in slots if not t.over]
+
+
+def successor(ended: Trajectory, queue: Iterator[Trajectory]) -> Trajectory:
+    """Return the next that waits, for the slot of one that is over; a rollout of the same task finds its prompt there.
+
+    If none waits, it is the one that is over.
+    """
+    following = next(queue, ended)
+    if following is not ended and following.prompt == ended.prompt:
+        following.fed = len(ended.prompt) - 1
+    return following
 
 
 def sample_tokens(logits: Tensor, generator: Generator, temperature: float) -> tuple[Tensor, Tensor]:
@@ -910,7 +921,7 @@ def reinforce_step(
     None if there are none. Raises PolicyError if the gradient is not finite.
     """
     signal = [(t, a) for t, a in zip(trajectories, advantage.tolist()) if a != 0]
-    scored = signal or [(t, 0.0) for t in trajectories[:1]]  # for mismatch_kl at least
+    scored = signal or [(t, 0.0) for t in trajectories if any(t.mask)][:1]  # for mismatch_kl at least
     total, mismatch, sampled = 0.0, 0.0, 0
     optimizer.zero_grad()
     for rows in micro_batches([len(t.tokens) for t, _ in scored], micro_batch_tokens):

@@ -474,7 +474,9 @@ def test_no_trajectory_is_longer_than_the_context_and_a_full_cache_changes_nothi
         assert all(len(t.tokens) <= context for t in alone)
 
 
-def test_a_prompt_that_rollouts_share_is_computed_once(policy, jail, monkeypatch):
+@pytest.mark.parametrize("parallel", [1, 2, 6])
+def test_a_prompt_that_rollouts_share_is_computed_once(policy, jail, monkeypatch, parallel):
+    """Side by side, or one after the other in a slot."""
     fed, advance = [], rl.advance
 
     def counted(policy, cache, slots, tokens, starts):
@@ -482,7 +484,7 @@ def test_a_prompt_that_rollouts_share_is_computed_once(policy, jail, monkeypatch
         return advance(policy, cache, slots, tokens, starts)
 
     monkeypatch.setattr(rl, "advance", counted)
-    trajectories = rollout(policy, [Executor(jail, TASK) for _ in range(6)], seeded(policy.device, 5), parallel=2)
+    trajectories = rollout(policy, [Executor(jail, TASK) for _ in range(6)], seeded(policy.device, 5), parallel=parallel)
     prompt = len(prompt_tokens(policy.tokenizer, Executor(jail, TASK).messages))
     assert len(trajectories) == 6 and fed == [prompt - 1]  # its last token is where each begins to sample
 
