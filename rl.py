@@ -442,7 +442,7 @@ def successor(ended: Trajectory, queue: Iterator[Trajectory]) -> Trajectory:
     If none waits, it is the one that is over.
     """
     following = next(queue, ended)
-    if following is not ended and following.prompt == ended.prompt:
+    if following.prompt == ended.prompt:
         following.fed = len(ended.prompt) - 1
     return following
 
@@ -759,14 +759,15 @@ def check_template(tokenizer) -> None:
     """
     marks = ("THOUGHT:", "END THOUGHT"), ("<think>", "</think>"), ("<thought>", "</thought>"), ("[THINK]", "[/THINK]")
     turns = [f"{begin}\n{'why ' * 50}{end}\n\nTURN" for begin, end in marks]
-    talk, before = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], None
-    for turn in ("", *turns):  # the first text has no turn yet
-        talk += [{"role": "assistant", "content": turn}, {"role": "user", "content": "U"}] if turn else []
-        with in_a_sentence("put a system message and turns into the model's chat template", "use another model"):
-            text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        if turn and not (text.startswith(before) and text[len(before):].lstrip().startswith(turn)):
+    talk = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    for turn in turns:
+        talk += [{"role": "assistant", "content": turn}, {"role": "user", "content": "U"}]
+    with in_a_sentence("put a system message and turns into the model's chat template", "use another model"):
+        texts = [tokenizer.apply_chat_template(talk[:size], tokenize=False, add_generation_prompt=True)
+                 for size in range(2, len(talk) + 1, 2)]  # of a conversation that grows by one turn at a time
+    for before, after, turn in zip(texts, texts[1:], turns):
+        if not after.startswith(before) or not after[len(before):].lstrip().startswith(turn):
             raise PolicyError("the chat template rewrites earlier turns, or writes into them: use another model")
-        before = text
 
 
 @torch.inference_mode()

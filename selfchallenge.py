@@ -17,8 +17,8 @@ How it departs from the paper, and why:
   parameters with a held-out one; doing nothing must fail as well (verify.py), and rollouts are fresh (rl.py).
 * one adapter is trained for all environments, which takes less time; --no-joint trains one for each, as the paper.
 * every world names something to start from, as the paper does for Retail and Airline only: it makes tasks differ.
-* what a customer wants (`as_told`) begins with who that is, and hides order numbers, on Airline, too: the paper, which
-  does the latter on Retail, found that tasks often fail to say who asks.
+* what a customer wants (`as_told`) begins with who that is, because the paper names tasks that leave it out as a
+  weakness, and hides order numbers on Airline as well as on Retail.
 * a challenger has 8 turns, and may mend a rejected task once: the paper gives no numbers.
 
 This is the last file of the tutorial; the others, in order: tools.py, verify.py, rl.py, eval.py.

@@ -662,6 +662,8 @@ MOVES_THE_SYSTEM = (  # to the last of the user's turns
     "{% for m in messages %}{% if m.role != 'system' %}{{ '<|im_start|>' + (messages[0].content if loop.last and m.role == 'user' else '') "
     "+ m.content + '<|im_end|>' }}{% endif %}{% endfor %}")
 NAMES_A_CHANNEL = CHATML.replace("m.content", "('channel: final\\n' if m.role == 'assistant' else '') + m.content")  # as in front of an answer
+
+
 def earlier(change: str) -> str:
     """ChatML in which all messages but the last are changed."""
     return CHATML.replace(BLOCK % "m.content", BLOCK % f"(m.content if loop.last else m.content{change})")
