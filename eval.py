@@ -182,7 +182,7 @@ def evaluate_policy(
     (`rl.record`) of the phase `label`, with "greedy", "task" and "trial". With those of an interrupted evaluation in
     `finished` and the same `parallel` the rest comes out as if nothing had happened. `limits` (turn_tokens, context,
     user) go to `rl.rollout`. The policy may be the name of a baseline, whose trials are all alike, and which has no
-    records.
+    records. Raises ValueError if no sampled episode of a suite counts (`summarize`), and what `rollout` does.
     """
     results = {}
     for suite, tasks in suites.items():
@@ -279,7 +279,7 @@ def format_table(before: dict[str, dict], after: dict[str, dict] | None = None) 
     rows = [COLUMNS, *result_rows(before, after), *result_rows(paper)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    users = "; in the paper GPT-4o played the users" if any(ENVIRONMENTS[suite].talks for suite in before) else ""
+    users = "; in the paper GPT-4o played the users" if any(ENVIRONMENTS[suite].has_user for suite in before) else ""
     return "\n".join([*lines, f"(per cent of the tasks, ± one standard error{users})"])
 
 

@@ -8,8 +8,20 @@ fine-tuning (RFT): only the successes carry gradient. What differs here, and why
 * fresh rollouts at every step (on-policy) instead of 12,000 offline trajectories: at this size they are cheap.
 * QLoRA instead of full fine-tuning, and logits in chunks, so that a card of 24 GB can train an 8B model on the paper's
   context of 16,192 tokens: `python rl.py --fit MODEL` says what else fits, before any weights are downloaded.
-* no division by a group's standard deviation and none by a trajectory's length (Dr. GRPO, arXiv 2503.20783),
-  no clipping of ratios and no KL term: one gradient step per batch of rollouts needs none of them.
+* the learning rate of Adam is about ten times that of full fine-tuning, as LoRA wants ("LoRA Without Regret", 2025):
+  1e-4 for an 8B model, where the paper has 1e-5. The default, 3e-3, is for the embedded model.
+* an episode without an ANSWER, cut off at its last step or by the context, is rewarded 0 and not judged, as in
+  TauBench; the paper evaluates the final state and answer, and does not say what counts where there is no answer.
+
+What the paper's comparisons by PPO and GRPO add is left out, as in its own REINFORCE: clipped ratios and a KL term,
+which one gradient step per batch of rollouts does not need, and division by a group's standard deviation or by a
+trajectory's length, which bias the gradient (Dr. GRPO, arXiv 2503.20783).
+
+Some words: a policy is the model as one that acts, a rollout is an episode that it plays. The advantage of a rollout
+is how much better its reward was than a baseline, that is, than what was to be expected; REINFORCE raises the
+log-probability of each sampled token in proportion to it. LoRA freezes the weights and trains small additions to them,
+of low rank; NF4 stores a weight in 4 bits, and QLoRA is both. The KV cache keeps what attention needs of earlier
+tokens (keys and values), so that only new tokens are computed.
 
 The data flow: episodes --rollout--> trajectories --advantages--> A --reinforce_step--> policy.
 
@@ -49,8 +61,8 @@ from torch.optim import Adam, Optimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# Of names that are to change in transformers 5.40, which requirements.txt leaves out: peft, too, uses the old ones. And
-# of the ranks of experts' LoRA, which peft applies although it says that it does not.
+# Warnings that ask nothing of us: of names that change in transformers 5.40, which requirements.txt leaves out (peft,
+# too, uses the old ones), and of the ranks of experts' LoRA, which peft says that it ignores, but applies.
 warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|past_key_values|(rank|alpha)_pattern keys)")
 warnings.filterwarnings("ignore", message="Synchronization debug mode")  # is a prototype: see `recorded`
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces optional kernels that we do not need
@@ -264,8 +276,9 @@ class Episode:
         return None
 
     def close(self) -> None:
-        """End the jailed session; it may be called at any time."""
+        """End the jailed session, and let go of the world, whose database may have megabytes."""
         self.session.close()
+        self.environment = self.session.environment = None
 
 
 EXECUTOR_PROMPT = """\
@@ -308,7 +321,7 @@ class Executor(Episode):
 
     def answer(self, content: Any) -> None:
         """Evaluate the final answer and the state; the episode ends."""
-        self.close()  # first, so that nothing of the executor's code still runs while it is judged
+        self.session.close()  # first, so that nothing of the executor's code still runs while it is judged
         self.final = content
         verdict = verdict_on(self.jail, self.task, self.environment, content, replica=self.seed)
         self.reward, self.status = float(verdict.passed), "answered"
@@ -316,7 +329,7 @@ class Executor(Episode):
 
 def executor(jail: Jail, task: Task) -> Executor:
     """Return the executor's episode of a task, in a conversation where its world has users."""
-    return (SupportAgent if ENVIRONMENTS[task.env].talks else Executor)(jail, task)
+    return (SupportAgent if ENVIRONMENTS[task.env].has_user else Executor)(jail, task)
 
 
 @dataclass
@@ -345,7 +358,6 @@ class Trajectory:
         """Close the episode."""
         self.over = True
         self.episode.close()
-        self.episode.environment = None  # a database may have megabytes
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -406,7 +418,8 @@ def sampled_turns(
     Each has a slot of the KV cache from its first turn to its last. All slots sample a token in one pass of the
     network, until half have ended their turns. The code of these then runs side by side while the network rests, so
     none waits for the longest turn, and nothing depends on how fast code was. What is over makes room for others.
-    Before asking on, the caller has set a trajectory's `over`, or has appended an observation, with `turn` behind it.
+    Before it asks for more, the caller has, of each trajectory that it was given, either set `over`, or appended an
+    observation, put `turn` behind it, and set `text` to None.
     Raises PolicyError if the context is beyond the model, or its probabilities are no numbers.
     """
     if (limit := longest_context(policy.model.config)) < context:
@@ -437,9 +450,9 @@ def sampled_turns(
 
 
 def successor(ended: Trajectory, queue: Iterator[Trajectory]) -> Trajectory:
-    """Return the next that waits, for the slot of one that is over; a rollout of the same task finds its prompt there.
+    """Return the trajectory for the slot of one that is over: the next that waits or, if none does, the same one.
 
-    If none waits, it is the one that is over.
+    If it is a rollout of the same task, the cache holds its prompt already.
     """
     following = next(queue, ended)
     if following.prompt == ended.prompt:
@@ -452,8 +465,8 @@ def sample_tokens(logits: Tensor, generator: Generator, temperature: float) -> t
 
     These are of the distribution that was sampled, logits / temperature with no top-k or top-p cut, so that the trainer
     can compute the same number. temperature 0 takes the most likely token, with its log-probability at temperature 1.
-    Of exponential variables e, e_i / p_i is the smallest, and so p_i / e_i the largest, with probability p_i;
-    torch.multinomial draws in the same way, but waits for the GPU.
+    To draw, each token i gets an exponential variable e_i: that p_i / e_i is the largest of all has probability p_i.
+    (torch.multinomial does the same, but waits for the GPU.)
     """
     logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
     if temperature == 0:
@@ -549,7 +562,10 @@ def hear_users(episodes: list[Episode], user: Speaker) -> dict[Episode, str | No
 def own_user(
     policy: Policy, generator: Generator, parallel: int, turn_tokens: int, conversations: list[list[dict]]
 ) -> list[str]:
-    """Return what users say, played by the policy's base: without the adapter, so that training does not matter."""
+    """Return what users say, played by the policy's base: without the adapter, so that training does not matter.
+
+    Raises PolicyError if a conversation, with room for a turn, is beyond the model's `longest_context`.
+    """
     turns = [opened(policy, conversation) for conversation in conversations]
     context = turn_tokens + max(len(t.prompt) for t in turns)
     with policy.model.disable_adapter():
@@ -855,10 +871,10 @@ def trajectory_logprobs(policy: Policy, batch: list[Trajectory], temperature: fl
     The padding is on the right, where causal attention never sees it, and is told by the agent's mask, never by token
     id: where pad equals the end of turn, a mask by id would keep the end from being learnt.
     """
-    ids = pad_sequence([torch.tensor(t.tokens) for t in batch], batch_first=True).to(policy.device)  # [rows, columns]
-    mask = pad_sequence([torch.tensor(t.mask) for t in batch], batch_first=True).to(policy.device)  # [rows, columns]
+    ids = padded([t.tokens for t in batch], policy.device)  # [rows, columns]
+    mask = padded([t.mask for t in batch], policy.device)  # [rows, columns]
     model = policy.model.get_base_model()  # with the adapter in it
-    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # [rows, columns, width]
+    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # [rows, columns, hidden]
     head = model.get_output_embeddings()  # from states to logits
     ### BEGIN SOLUTION
     agent = mask[:, 1:]  # [rows, columns-1]
@@ -867,8 +883,13 @@ def trajectory_logprobs(policy: Policy, batch: list[Trajectory], temperature: fl
     ### END SOLUTION
 
 
+def padded(rows: list[list], device: torch.device) -> Tensor:
+    """Return lists of numbers as a tensor [rows, columns], in which 0, or False, follows the shorter ones."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+
+
 def token_logprobs(head: Callable, states: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Return the log-probabilities of `tokens` [n] after `states` [n, width], under head(states) / temperature.
+    """Return the log-probabilities of `tokens` [n] after `states` [n, hidden], under head(states) / temperature.
 
     n may be 0. The logits of all n tokens, each with perhaps 128,000, would need more memory than the model. So they
     are computed for CHUNK_TOKENS tokens at a time, in 32 bits, and again when the gradient comes back (`checkpoint`,
@@ -921,8 +942,8 @@ def reinforce_step(
     "trained_tokens", and "mismatch_kl", the mean of log p_sampler - log p_trainer over the tokens that were scored,
     None if there are none. Raises PolicyError if the gradient is not finite.
     """
-    signal = [(t, a) for t, a in zip(trajectories, advantage.tolist()) if a != 0]
-    scored = signal or [(t, 0.0) for t in trajectories if any(t.mask)][:1]  # for mismatch_kl at least
+    teaching = [(t, a) for t, a in zip(trajectories, advantage.tolist()) if a != 0]
+    scored = teaching or [(t, 0.0) for t in trajectories if any(t.mask)][:1]  # for mismatch_kl at least
     total, mismatch, sampled = 0.0, 0.0, 0
     optimizer.zero_grad()
     for rows in micro_batches([len(t.tokens) for t, _ in scored], micro_batch_tokens):
@@ -930,7 +951,7 @@ def reinforce_step(
         weight = torch.tensor([scored[row][1] for row in rows], device=policy.device)[:, None]  # [rows, 1]
         with checkpointed(policy.model):
             logprobs, agent = trajectory_logprobs(policy, batch, temperature)  # [rows, columns-1]
-            sampler = pad_sequence([torch.tensor(t.logprobs) for t in batch], batch_first=True).to(policy.device)[:, 1:]
+            sampler = padded([t.logprobs for t in batch], policy.device)[:, 1:]  # [rows, columns-1]
             log_ratio = (sampler - logprobs.detach()) * agent  # [rows, columns-1]: log p_sampler - log p_trainer
             ### BEGIN SOLUTION
             if importance_cap is not None:
@@ -944,15 +965,14 @@ def reinforce_step(
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), max_norm).item()
     if not math.isfinite(norm):  # or it would be saved over the last good weights
         raise PolicyError("the gradient is no number any more: lower --learning-rate")
-    if signal:  # or Adam's momentum would go on without a gradient
+    if teaching:  # or Adam's momentum would go on without a gradient
         optimizer.step()
-    mismatch_kl = mismatch / sampled if sampled else None
-    trained = sampled if signal else 0
-    return {"loss": total, "gradient_norm": norm, "mismatch_kl": mismatch_kl, "trained_tokens": trained}
+    return {"loss": total, "gradient_norm": norm, "mismatch_kl": mismatch / sampled if sampled else None,
+            "trained_tokens": sampled if teaching else 0}
 
 
 def make_optimizer(policy: Policy, learning_rate: float) -> Optimizer:
-    """Adam over the adapter's weights; the 4-bit base is frozen."""
+    """Return Adam over the adapter's weights; the 4-bit base is frozen."""
     return Adam([p for p in policy.model.parameters() if p.requires_grad], lr=learning_rate, betas=(0.9, 0.95))
 
 

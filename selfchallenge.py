@@ -17,8 +17,8 @@ How it departs from the paper, and why:
   parameters with a held-out one; doing nothing must fail as well (verify.py), and rollouts are fresh (rl.py).
 * one adapter is trained for all environments, which takes less time; --no-joint trains one for each, as the paper.
 * every world names something to start from, as the paper does for Retail and Airline only: it makes tasks differ.
-* what a customer wants (`as_told`) begins with who that is, because the paper names tasks that leave it out as a
-  weakness, and hides order numbers on Airline as well as on Retail.
+* what a customer wants begins with who the customer is (`as_told`), because the paper names tasks that leave it out as
+  a weakness. Order numbers are hidden on Airline as well as on Retail.
 * a challenger has 8 turns, and may mend a rejected task once: the paper gives no numbers.
 
 This is the last file of the tutorial; the others, in order: tools.py, verify.py, rl.py, eval.py.
@@ -193,10 +193,10 @@ def challenger_prompt(environment: Environment) -> str:
     return CHALLENGER_PROMPT.format(
         env=environment.name,
         steps=Challenger.max_steps,
-        summary=environment.summary + (FOR_A_CUSTOMER if environment.talks else ""),
-        signature="evaluate(answer)" if environment.answered else "evaluate()",
-        result=", and leaves the final answer in the variable result" if environment.answered else "",
-        judged=JUDGED_BY_ANSWER if environment.answered else JUDGED_BY_STATE,
+        summary=environment.summary + (FOR_A_CUSTOMER if environment.has_user else ""),
+        signature="evaluate(answer)" if environment.judged_by_answer else "evaluate()",
+        result=", and leaves the final answer in the variable result" if environment.judged_by_answer else "",
+        judged=JUDGED_BY_ANSWER if environment.judged_by_answer else JUDGED_BY_STATE,
         documentation=environment.documentation(),
         example=render_task(EXAMPLES[environment.name]),
     )
@@ -209,7 +209,7 @@ NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twe
 
 
 def about(task: Task) -> set[str]:
-    """What a held-out task is about: its `parameters`, or all words of a benchmark's, and of one that names nothing."""
+    """What a held-out task is about: its `parameters`; all its words if it has none, or is a benchmark's."""
     named = parameters(task) if isinstance(task, CodeAsTask) else set()
     return named or words(task.instruction)
 

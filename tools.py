@@ -12,7 +12,10 @@ M3ToolEval, `retail` and `airline` from TauBench. Departures from these benchmar
   not go on as if nothing had happened, nor parse what was data before.
 - Their calculators hand any text to Python's `eval`, which can hang or read the expected answers. Here they do
   arithmetic and nothing else.
-- Wrong signatures and types are mended: what a tool really takes is asked of its function.
+- Wrong signatures and types are mended: what a tool really takes is asked of its function. Calculation's `max` and
+  `min` are not tools here, for they are Python's own.
+- Before M3ToolEval's check looks at an answer, a list in it is written as Python would (a model may write JSON).
+- The words of the simulated user's prompt, and those that greet it, are ours.
 
 Read next: verify.py, which runs code against an environment and judges tasks.
 """
@@ -57,10 +60,10 @@ class Environment:
     """A world: subclass it, fill `self.state` with plain data in `reset`, and mark methods with `@tool`."""
 
     name: str               # the word by which tasks and the command line call it
-    answered: bool          # True if `evaluate(answer)` judges the final answer, False if `evaluate()` judges the state
+    judged_by_answer: bool  # True: `evaluate(answer)` judges the final answer; False: `evaluate()` judges the state
     summary: str            # what a model is told about it, above the tools' documentation
     suite: Path             # the file of held-out tasks on which policies are measured, a task a line
-    talks = False           # whether there is a user, to whom the executor's answers are messages
+    has_user = False        # whether there is a user, to whom the executor's answers are messages
     over = False            # whether a tool has ended the episode
     state: Any = None
     tools: dict[str, Callable] = {}  # by name, each a function of the environment and its own arguments
@@ -156,7 +159,7 @@ class Calculator(Environment):
     """
 
     name = "calculator"
-    answered = True
+    judged_by_answer = True
     summary = "A ledger holds a hidden amount for each of some items. Look amounts up and combine them step by step."
     suite = TINY / "held_out_calculator.jsonl"
 
@@ -224,7 +227,7 @@ class Shop(Environment):
     """
 
     name = "shop"
-    answered = False
+    judged_by_answer = False
     summary = "A shop keeps customers and their orders. Look up a customer's order first; ids cannot be guessed."
     suite = TINY / "held_out_shop.jsonl"
 
@@ -447,7 +450,7 @@ def arithmetic(expression: str) -> int | float:
 class M3ToolEval(BenchmarkEnvironment):
     """What Calculation and Web Browsing share (arXiv 2402.01030)."""
 
-    answered = True
+    judged_by_answer = True
     benchmark, option, folder = "M3ToolEval", "--m3tooleval", "scripts/eval/m3tooleval"
     clone = "git clone https://github.com/xingyaoww/code-act && git -C code-act checkout d607f56c9cfe"
     files = {
@@ -489,7 +492,7 @@ class M3ToolEval(BenchmarkEnvironment):
         return str(self.held_out[number].expected_output)
 
     def passes(self, number: int, answer: Any) -> bool:
-        """Return the benchmark's own verdict on an answer to a held-out task."""
+        """Return the benchmark's verdict on an answer to a held-out task; a list is first written as Python would."""
         task, answer = self.held_out[number], str(answer).strip()[:1_000]
         if isinstance(parts := literal(answer), (list, dict)):  # perhaps in JSON's quotes, and a list for a tuple
             answer = str(tuple(parts) if isinstance(task.expected_output, tuple) else parts)
@@ -596,8 +599,8 @@ class TauBench(BenchmarkEnvironment):
     state: the database, {table: {id: record}}. It has megabytes, so an episode has none until it looks.
     """
 
-    answered = False
-    talks = True
+    judged_by_answer = False
+    has_user = True
     benchmark, option = "TauBench", "--tau-bench"
     clone = "git clone https://github.com/sierra-research/tau-bench && git -C tau-bench checkout 59a200c6d575"
     files = {
@@ -677,7 +680,7 @@ class TauBench(BenchmarkEnvironment):
         return self.reference_digest(number) != type(self)().digest()
 
     def digest(self) -> str:
-        """Return a hash of the database; like the benchmark's it tells 5 from 5.0, and no order of keys."""
+        """Return a hash of the database; as in the benchmark's, 5 is not 5.0, and the order of keys does not count."""
         return hashlib.sha256(json.dumps(self.state, sort_keys=True).encode()).hexdigest()
 
     @classmethod
@@ -776,7 +779,8 @@ def endpoint_model(url: str, model: str, tokens: int = 1024, tries: int = 4, wai
     """Return a model behind an OpenAI-compatible address: a function from conversations to its next messages.
 
     A message has at most so many `tokens`. The key is taken from the environment (OPENAI_API_KEY) and goes nowhere
-    else. A conversation whose request fails `tries` times, after waits of `wait` seconds that double, gets None.
+    else. A conversation whose request fails `tries` times, after waits of `wait` seconds that double, gets None; a
+    request fails after two minutes at the latest.
     """
     from huggingface_hub import InferenceClient  # here, because only this needs it
     client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=120)

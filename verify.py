@@ -5,7 +5,8 @@ function, an example solution and failure cases. The filter keeps a task only if
 runs, the solution passes the evaluation, and no failure case does.
 
 Departures from the paper, and why:
-- `evaluate(answer)` replaces `<expected_output>`, so that all worlds share one format.
+- `evaluate(answer)` replaces `<expected_output>`, and failure cases are code that leaves a wrong answer instead of
+  wrong answers, so that all worlds share one format.
 - A step may lack its THOUGHT, and begin with a `<think>` block instead, as some models write.
 - Doing nothing must fail as well: a task that asks for nothing rewards every executor.
 - What the filter would keep is judged once more, and its solution four times more, each time with another random seed
@@ -237,9 +238,10 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 #                             set_clock)
 #
 # The way of one check: `Session.run` asks a fork server for a child, which has been forked and confined, and sends it
-# the code. Where that calls a tool, the call comes back as data, is executed on the episode's state, and its result is
-# sent down. At last the child sends what was printed, and a value or an error. That, as data, is the Outcome, of which
-# this process makes a verdict (`evaluate`); then the child is killed.
+# the code (unless the jail remembers what a child replied to the same messages). Where that calls a tool, the call
+# comes back as data, is executed on the episode's state, and its result is sent down. At last the child sends what was
+# printed, and a value or an error. That, as data, is the Outcome, of which this process makes a verdict (`evaluate`);
+# then the child is killed.
 
 @dataclass
 class Outcome:
@@ -894,9 +896,8 @@ def as_answer(value: Any) -> Any:
 def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
     """Return the verdict of a task on an environment's state and a final answer; the state stays as it is.
 
-    Only True, returned, is a pass, and only False is a fail without a reason. Any other value is a fail, with a reason
-    that shows its str; so is an error, which is itself the reason; and so is a change of the state, which is put back
-    as it was `before`.
+    True, returned, is a pass; False is a fail. A fail with a reason is any other value, of which the reason shows the
+    str; an error, which is itself the reason; and a change of the state, which is put back as it was `before`.
     """
     before, environment.over = pickle.dumps(environment.state), False  # so that the tools work once more
     with jail.session(environment, replica) as session:
@@ -939,10 +940,11 @@ def accepts(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: 
 def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
     """Raise TaskError unless all code runs, the solution passes, and neither a failure case nor doing nothing does.
 
-    All of it runs on the server that `replica` picks. The stage is the first that applies: "runs" if any code breaks,
-    or the evaluation after the solution or, where the solution passes, after a failure case; "solution"; "failures",
-    whose reason names the first that passes: "failure case 2", or "doing nothing". To do nothing is to leave a fresh
-    state and the answer None: an evaluation that breaks there has not passed it.
+    All of it runs on the server that `replica` picks. The stage is the first of these that applies:
+    "runs"      any code breaks; or the evaluation does, after the solution or, if that passes, after a failure case
+    "solution"  the solution does not pass
+    "failures"  a failure case passes, or doing nothing does; the reason names the first: "failure case 2", for instance
+    To do nothing is to leave a fresh state and the answer None: an evaluation that breaks there has not passed it.
     """
     ### BEGIN SOLUTION
     what, passing = "the example solution", []
@@ -954,7 +956,8 @@ def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
         if solved and accepts(jail, task, replica, what, *state_and_answer):
             passing.append(what)
     if not solved:
-        surprise = environment.answered and not isinstance(answer, (int, float))  # None, "<set>", or text made a number
+        # None, "<set>", or text that is taken for a number
+        surprise = environment.judged_by_answer and not isinstance(answer, (int, float))
         given = f":\nits answer arrives as {as_answer(answer)!r:.200}" if surprise else ""
         raise TaskError("solution", f"the example solution does not pass the evaluation{given}")
     if not passing and evaluate(jail, task, make_environment(task.env, task.seed), None, replica).passed:
@@ -965,7 +968,7 @@ def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
 
 
 def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
-    """Return the filter's judgement of a task, or of a line of JSON that should hold one.
+    """Return the filter's judgement (section 3 of the paper) of a task, or of a line of JSON that should hold one.
 
     What is to be kept is checked once more, and its solution run and evaluated REPEATS times more, each time by another
     server: what depends on chance, the date or a process is no task.

@@ -87,13 +87,53 @@ TASKS = [
 ]
 """
 
+TAU_ENV = """
+import importlib
+from types import SimpleNamespace
+
+class Env:
+    def __init__(self, name, number):
+        data, tools, tasks = (importlib.import_module(f"tau_bench.envs.{name}.{part}") for part in ("data", "tools", "tasks_test"))
+        self.load, self.tasks, self.user = data.load_data, tasks.TASKS, SimpleNamespace()
+        self.tools = {tool.get_info()["function"]["name"]: tool for tool in tools.ALL_TOOLS}
+        self.data = self.load()
+    def reset(self, number):
+        self.data, self.task, self.said = self.load(), self.tasks[number], []
+        self.user.reset(self.task.instruction)
+    def step(self, action):
+        if action.name == "respond":
+            self.said.append(action.kwargs["content"].lower().replace(",", ""))
+            done = self.user.step(action.kwargs["content"]) == "###STOP###"
+        else:
+            self.act(self.data, action)
+            done = action.name == "transfer_to_human_agents"
+        return SimpleNamespace(done=done, reward=float(done and self.succeeds()))
+    def act(self, data, action):
+        try:
+            self.tools[action.name].invoke(data, **action.kwargs)
+        except Exception:
+            pass  # which the agent would have read
+    def succeeds(self):
+        data = self.load()
+        for action in self.task.actions:
+            self.act(data, action)
+        return data == self.data and all(any(output.lower() in text for text in self.said) for output in self.task.outputs)
+"""
+TAU_ENVS = """
+from tau_bench.envs.base import Env
+def get_env(env_name, user_strategy, user_model, task_split, task_index):
+    return Env(env_name, task_index)
+"""
+
 
 def make_tau_bench(folder: Path) -> Path:
     """Write a stand-in for TauBench; return its path."""
-    write(folder / "tau_bench/__init__.py", "raise ImportError('the package is not to be imported as a whole')")
+    wants_it = "import litellm  # which is not installed: the adapter has to do without the packages as a whole"
+    write(folder / "tau_bench/__init__.py", wants_it)
     write(folder / "tau_bench/types.py", TAU_TYPES)
-    write(folder / "tau_bench/envs/base.py", "")
-    write(folder / "tau_bench/envs/__init__.py", "raise ImportError")
+    write(folder / "tau_bench/envs/base.py", TAU_ENV)
+    write(folder / "tau_bench/envs/user.py", "class BaseUserSimulationEnv:\n    pass")
+    write(folder / "tau_bench/envs/__init__.py", f"{wants_it}\n{TAU_ENVS}")
     for name, record, splits in [("retail", "order", ("test", "train", "dev")), ("airline", "reservation", ("test",))]:
         place = folder / "tau_bench/envs" / name
         users = {user_id: {"name": {"first_name": first, "last_name": "Stone"}, "address": {"zip": "80201"}, f"{record}s": [number]}
@@ -103,7 +143,7 @@ def make_tau_bench(folder: Path) -> Path:
         users["cy_3"] = users["bob_2"] | {f"{record}s": []}
         write(place / "data/data.json", json.dumps({"users": users, f"{record}s": records}))
         write(place / "data/__init__.py", TAU_DATA)
-        write(place / "__init__.py", "raise ImportError")
+        write(place / "__init__.py", wants_it)
         write(place / "tools/__init__.py", TAU_TOOLS.replace("RECORD", record))
         write(place / "wiki.py", f"WIKI = 'The rules of {name}: be kind.'")
         for split in splits:

@@ -218,8 +218,8 @@ def test_the_challenger_is_told_of_every_tool_and_sees_a_whole_example(checkouts
     for kind in WORLDS:
         environment, example = kind(2), selfchallenge.EXAMPLES[kind.name]
         prompt = selfchallenge.challenger_prompt(environment)
-        assert all(f"\n{name}(" in prompt for name in environment.tools) and ("serves a customer" in prompt) == environment.talks
-        assert "at most 8 replies" in prompt and ("which the other agent must find" in prompt) == environment.talks
+        assert all(f"\n{name}(" in prompt for name in environment.tools) and ("serves a customer" in prompt) == environment.has_user
+        assert "at most 8 replies" in prompt and ("which the other agent must find" in prompt) == environment.has_user
         assert parse_task(prompt.partition("A worked example")[2], example.env, example.seed) == example
 
 

@@ -631,7 +631,7 @@ def test_only_tools_can_be_called_whatever_the_child_says(jail, name, arguments)
 class Ledger(Environment):
     """A state with lists inside, which a tool hands out and takes in."""
 
-    name, answered, summary = "ledger", True, "A ledger."
+    name, judged_by_answer, summary = "ledger", True, "A ledger."
 
     def reset(self, seed):
         self.state = {"entries": [[1]]}

@@ -84,7 +84,7 @@ def test_make_environment_names_the_choices():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_registry_and_the_descriptions_agree(name):
     kind = ENVIRONMENTS[name]
-    assert kind.name == name and kind.summary and isinstance(kind.answered, bool)
+    assert kind.name == name and kind.summary and isinstance(kind.judged_by_answer, bool)
 
 
 @pytest.mark.parametrize("name", NAMES)

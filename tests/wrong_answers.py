@@ -78,7 +78,7 @@ WRONG = {
         "the state may be changed": altered("evaluate", ("if environment.state !=", "if False and environment.state !=")),
         "the state becomes a fresh one": altered("evaluate", ("environment.state = untouched", "environment.reset(task.seed)")),
         "only a world that is judged by its state is looked at": altered("evaluate", (
-            "if environment.state !=", "if not environment.answered and environment.state !=")),
+            "if environment.state !=", "if not environment.judged_by_answer and environment.state !=")),
         "the state is not put back": altered("evaluate", ("    environment.state = untouched\n", "")),
     },
     "check": {
@@ -192,7 +192,7 @@ WRONG = {
         "doubled": altered("reinforce_step", ("-(weight", "-2 * (weight")),
         "downhill": altered("reinforce_step", ("-(weight", "(weight")),
         "divided by the micro-batch": altered("reinforce_step", ("len(trajectories)", "len(batch)")),
-        "divided by the trajectories with signal": altered("reinforce_step", ("len(trajectories)", "len(signal)")),
+        "divided by the trajectories with signal": altered("reinforce_step", ("len(trajectories)", "len(teaching)")),
         "divided by the temperature once more": altered("reinforce_step", ("len(trajectories)", "len(trajectories) / temperature")),
         "divided by each length": altered("reinforce_step", (".sum() /", ".sum(1).div(agent.sum(1)).sum() /")),
         "the ratio without its cap": altered("reinforce_step", (".clamp(max=importance_cap)", "")),

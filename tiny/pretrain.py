@@ -450,7 +450,7 @@ def pretrain(model: LlamaForCausalLM, corpus: list[Trajectory], seed: int, epoch
     ]
     rng = random.Random(seed)
     batches = [batch for _ in range(epochs) for batch in shuffled(micro_batches([len(t.tokens) for t in corpus], 2048), rng)]
-    warm, cool = 20, len(batches) // 2
+    warm, cool = 20, max(1, len(batches) // 2)
     schedule = lambda step: min(1.0, (step + 1) / warm, max(0.03, (len(batches) - step) / cool))  # noqa: E731
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
     smooth = 0.0

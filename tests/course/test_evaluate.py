@@ -63,7 +63,7 @@ def test_what_is_printed_is_no_verdict(jail, shop):
 @pytest.mark.parametrize("answered", [False, True])
 def test_an_evaluation_that_changes_the_state_has_failed_and_changed_nothing(jail, shop, end, answered):
     """In a state that the executor has changed before, and also where a world is judged by the answer."""
-    shop.answered = answered
+    shop.judged_by_answer = answered
     shop.cancel_order(pending(shop))
     before = copy.deepcopy(shop.state)
     verdict = evaluate(jail, task(f"def evaluate():\n    cancel_order({pending(shop)!r})\n    {end}"), shop, None)
