@@ -1322,7 +1322,8 @@ def main() -> int:
                 append_lines(out / "metrics.jsonl", [metrics])
                 append_lines(out / "trajectories.jsonl", episodes)
                 save_adapter(policy, out / "adapter")
-        print(f"adapter: {out / 'adapter'}" if out.exists() else "no step was taken, so nothing was written")
+        print(f"adapter: {out / 'adapter'}; for a report: python eval.py --report {out}" if out.exists() else
+              "no step was taken, so nothing was written")
 
     def how_to_go_on() -> str:
         if not out.exists():

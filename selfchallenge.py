@@ -159,7 +159,7 @@ def render_task(task: CodeAsTask) -> str:
 #   assistant  THOUGHT: write the task END THOUGHT ANSWER: <instruction>Take the amount of tea, multiply by 3, …  kept
 
 class Challenger(Episode):
-    """The challenger's episode: it explores the world of a seed, then hands in a task, and may revise it.
+    """The challenger's episode (section 3 of the paper): it explores a world, hands in a task, and may revise it.
 
     The filter judges every submission. Its verdict, with the traceback, is simply the next observation. The
     reward is 1 if the last submission passed the filter; it serves the reader, the challenger is not trained.
@@ -367,7 +367,7 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
         measure_phase("before", suites, jail, run, options)
         tasks = challenge(jail, held_out, run, options)
         if not tasks:
-            raise ValueError(f"no task survived the filter: see {folder / 'rejected.jsonl'}, or raise --challenges")
+            raise ValueError(f"no task survived the filter: {folder / 'report.html'} shows why; or raise --challenges")
         shown = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in render_task(tasks[-1]))  # for a terminal
         print(f"the last that was kept:\n{shown}")
         steps = len(run.read("metrics.jsonl"))  # that were taken before an interruption
@@ -576,6 +576,15 @@ def separate(options: argparse.Namespace) -> list[argparse.Namespace]:
             for env in options.env]
 
 
+def end_early(folder: Path) -> None:
+    """Write the report of what there is of a run; if it has not begun, remove its folder."""
+    with suppress(OSError):  # it is not empty: the run has begun
+        folder.rmdir()
+        folder.parent.rmdir()
+    with suppress(OSError, ValueError):  # there is none, or the disk is full, or what ended the run has damaged a file
+        write_report(folder)
+
+
 def main() -> int:
     """Run the loop; return the exit status. A user's mistake gets one sentence, and Ctrl-C loses nothing."""
     parts, opened = [], []
@@ -587,10 +596,9 @@ def main() -> int:
             opened.append(folder)
             try:
                 play_run(folder, part)
-            finally:
-                with suppress(OSError):  # it is not empty: the run has begun
-                    folder.rmdir()
-                    folder.parent.rmdir()
+            except BaseException:
+                end_early(folder)
+                raise
 
     def how_to_go_on() -> str:
         begun = [folder for folder in opened if folder.exists()]

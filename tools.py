@@ -15,7 +15,7 @@ M3ToolEval, `retail` and `airline` from TauBench. Departures from these benchmar
 - Wrong signatures and types are mended: what a tool really takes is asked of its function. Calculation's `max` and
   `min` are not tools here, for they are Python's own.
 - Before M3ToolEval's check looks at an answer, a list in it is written as Python would (a model may write JSON).
-- The words of the simulated user's prompt, and those that greet it, are ours.
+- The words of the simulated user's prompt, and those that greet it, are ours: nothing of a benchmark is copied.
 
 Read next: verify.py, which runs code against an environment and judges tasks.
 """

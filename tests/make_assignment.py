@@ -17,7 +17,13 @@ SCRIPTS = ["tools.py", "verify.py", "rl.py", "eval.py", "selfchallenge.py"]  # i
 SHIPPED = [*SCRIPTS, "README.md", "LICENSE", "requirements.txt", ".gitignore", "tiny", "tests"]
 WITHHELD = {"tests/" + name for name in ("make_assignment.py", "wrong_answers.py", "grade.py", "test_assignment.py", "INSTRUCTOR.md")}
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
-FOR_STUDENTS = "## As an assignment\n\nThe functions that are missing here are exercises: `tests/COURSE.md` is the handout.\n\n"
+FOR_STUDENTS = """\
+## As an assignment
+
+The functions that are missing here are exercises: `tests/COURSE.md` is the handout. `python -m pytest` plays the tests of all
+exercises, and `python -m pytest tests`, when they are solved, those of the whole project.
+
+"""
 TELLING = 16  # a line of so many characters belongs to its solution; a shorter one may stand anywhere
 
 
@@ -108,8 +114,8 @@ def shipped_files(root: Path = ROOT) -> list[str]:
 
 
 def for_students(readme: str) -> str:
-    """Return the README with another chapter about the course, whose own one speaks of files that stay with the teacher."""
-    return re.sub("^## As an assignment\n.*?(?=^## )", FOR_STUDENTS, readme, flags=re.MULTILINE | re.DOTALL)
+    """Return the README with another chapter about course and tests, whose own ones speak of files that stay with the teacher."""
+    return re.sub("^## As an assignment\n.*?(?=^## Licence)", FOR_STUDENTS, readme, flags=re.MULTILINE | re.DOTALL)
 
 
 def make_copy(folder: Path, answers: dict[str, str] | None = None, root: Path = ROOT) -> None:
@@ -119,6 +125,7 @@ def make_copy(folder: Path, answers: dict[str, str] | None = None, root: Path = 
     answers = answers or {}
     files = {name: (root / name).read_bytes() for name in shipped_files(root)}
     files |= {script: text.encode() for script, text in scripts_with(answers, root).items()}
+    files |= {"pytest.ini": b"[pytest]\ntestpaths = tests/course\n"}  # hundreds of others fail until all is solved
     files |= {"README.md": for_students(files["README.md"].decode()).encode()} if "README.md" in files else {}
     for exercise in all_exercises(root):
         for line in map(str.strip, exercise.solution.split("\n")):

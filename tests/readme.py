@@ -27,7 +27,7 @@ SMALLER = {  # what is appended to a command that begins so; the first that fits
     "python rl.py --tasks": "--steps 1 --tasks-per-step 4",
     "python eval.py --report": "",
     "python eval.py": "--trials 1 --any-version",
-    "python tests/results.py": f"--seeds 0 --model tiny {SMALL} --trials 4",
+    "python tests/results.py": f"--seeds 0 {SMALL} --trials 4",
     "python tests/bench_loop.py": f"{SMALL} --env calculator --challenges 8",
     "python tests/bench_jail.py": "--checks 10 --rounds 1",
     "python tests/bench_rl.py": "--rounds 1 --tasks 1",
@@ -36,13 +36,17 @@ SMALLER = {  # what is appended to a command that begins so; the first that fits
     "TAU_BENCH=tau-bench python tests/bench_worlds.py": "--any-version",
     "python tests/wrong_answers.py": "--help",  # test_assignment.py plays them
 }
-ELSEWHERE = {"python -m pytest": "it is the next that .ci/run does", "python tests/readme.py": "this is it"}
+ELSEWHERE = {
+    "python -m pytest": "it is the next that .ci/run does", "python tests/readme.py": "this is it",
+    "python3 -m venv": ".ci/run has done it", "pip install": ".ci/run has done it",
+    "git clone": "there is no network: stand-ins take the place of the checkouts", "hf auth login": "there is no network",
+}
 RULE = "# " + 99 * "-" + "\n"  # above the head of a chapter
-COMMAND = r"(?:[A-Z0-9_]+=\S+ )*python (?:-m \w+|\S+\.py)"
+COMMAND = r"(?:(?:[A-Z0-9_]+=\S+ )*python (?:-m \w+|\S+\.py)|python3 -m venv|pip install -r|git clone|hf auth login)"
 
 
 def documented(text: str) -> list[str]:
-    """Return the commands of a text that run Python: lines of their own, and those between backquotes."""
+    """Return the commands of a text: lines of their own, and those between backquotes."""
     text = text.replace("\\\n", " ")
     found = re.findall(rf"^(?:\$ )?({COMMAND}.*?)(?:  +#.*)?$|`({COMMAND}[^`]*)`", text, re.MULTILINE)
     return list(dict.fromkeys(" ".join((line or quoted).split()) for line, quoted in found))
@@ -57,7 +61,7 @@ def as_played(command: str) -> str:
 
 def prepare(folder: Path, readme: str) -> None:
     """Copy the repository to a folder, with what else the README has its readers make."""
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache"))
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache"))
     shutil.copytree(ROOT / "tests" / "figures" / "runs", folder / "tests" / "figures" / "runs")
     (folder / "garden.py").write_text(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], encoding="utf-8")
     make_m3tooleval(folder / "code-act")

@@ -612,6 +612,11 @@ def test_a_teacher_is_imitated(tmp_path):
 # ---------------------------------------------------------------------------------------------------
 # suites
 
+def test_the_readme_makes_checkouts_of_the_commits_that_the_adapters_name():
+    readme = (ROOT / "README.md").read_text()
+    assert f"\n{M3ToolEval.clone}\n{TauBench.clone}\n" in readme
+
+
 def test_suites_of_the_stand_ins(checkouts, jail):
     assert [len(evaluation.load_suite(name)) for name in ("calculation", "web", "retail", "airline")] == [5, 2, 4, 2]
     assert len(evaluation.load_suite("airline", airline="all")) == 4

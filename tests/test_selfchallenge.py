@@ -323,7 +323,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(whole, tmp_path, he
     assert not (run / "metrics.jsonl").exists()
     (run / "mine.jsonl").write_text("what a user keeps beside them\n")
     interrupt(tmp_path, ["--resume", str(run)], "metrics.jsonl", 2)
-    assert not (run / "report.html").exists()
+    assert not (run / "summary.json").exists() and "attempts" in (run / "report.html").read_text()  # of what there is so far
     seconds = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["progress"]["wall_s"]
     assert list(seconds) == ["before", "challenge", "train"] and min(seconds.values()) > 0  # those of the interrupted phase as well
     assert here("--resume", str(run), cwd=tmp_path)[0] == 0
@@ -438,6 +438,13 @@ def test_a_mistake_gets_one_sentence(tmp_path, here, arguments, said):
     status, errors = here(*arguments, cwd=tmp_path)
     assert status == 2 and said in errors and "Traceback" not in errors
     assert not list(tmp_path.glob("runs/*"))  # nothing was begun
+
+
+def test_a_run_of_which_no_task_survives_leaves_a_report_that_says_why(tmp_path, here):
+    status, errors = here("--env", "shop", "--challenges", "1", "--trials", "1", "--turn-tokens", "8", "--name", "a", cwd=tmp_path)
+    report = Path("runs", "a", "report.html")
+    assert status == 2 and f"no task survived the filter: {report} shows why" in errors
+    assert "parse: no task was handed in: out of steps" in (tmp_path / report).read_text()
 
 
 def test_an_interrupt_names_the_worlds_that_have_not_begun(tmp_path, monkeypatch, here):
