@@ -610,11 +610,14 @@ s { position: absolute; left: calc(100% * (var(--length) - var(--error))); top: 
   width: calc(200% * var(--error)); border: solid var(--card); border-width: 1px 0; background: var(--ink); }
 pre { margin: 0; padding: .65rem .8rem; border-radius: 6px; background: var(--page); white-space: pre-wrap;
   font: .83rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
+details table { font-size: min(.8rem, 3vw); } details :is(th, td) { padding-right: .4em; }
 .bars + details { margin-top: 1.5rem; } @page { margin: 15mm 12mm; }
 @media print { :root { --page: #fff; } body { max-width: none; padding: 0; } pre { border: 1px solid var(--line); }
-  .wide { overflow: visible; } table { white-space: normal; font-size: .75rem; } th { overflow-wrap: normal; }
-  h2, h3, h4, summary, .note, .legend { break-after: avoid; }
-  figure, tr, .note, .bars, .charts p, summary, pre { break-inside: avoid; }
+  .wide { overflow: visible; background: none; } table, details table { font-size: .68rem; overflow-wrap: normal; }
+  td:first-child { white-space: normal; overflow-wrap: anywhere; }
+  h2 { margin-top: 2rem; } h2, h3, h4, summary, .note, .legend { break-after: avoid; }
+  figure .bars { gap: .15rem .9rem; }
+  figure, tr, .note, .legend, .bars, .charts p, summary, pre { break-inside: avoid; }
   details::details-content { content-visibility: visible; block-size: auto; } }
 </style>
 <h1>Self-challenging run</h1>

@@ -132,9 +132,11 @@ def load_policy(name: str, adapter: str | Path | None = None, rank: int = 8, see
     missing or rewrites earlier turns, if a saved adapter does not fit, or if sampler and trainer would not compute the
     model's own probabilities.
     """
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+    if (name.startswith((".", "/", "~")) or name.endswith("/")) and not Path(name).is_dir():
         raise PolicyError(f"there is no model folder {name!r}: give a folder, or a name on the hub, such as owner/name")
     path = TINY if name == "tiny" else name
+    if Path(path, "adapter_config.json").exists() and not Path(path, "config.json").exists():
+        raise PolicyError(f"{name!r} holds an adapter and no model: give it with --adapter")
     advice = "give the folder or hub name of another; a gated one needs its licence accepted there, then: hf auth login"
     with in_a_sentence(f"load the model {name!r}", advice):
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -186,7 +188,8 @@ def attach_adapter(base: torch.nn.Module, adapter: str | Path | None, rank: int,
     A new one changes nothing yet; its weights depend on seed and rank. Raises PolicyError if one cannot be attached.
     """
     if adapter is not None:
-        if Path(adapter).is_dir() and not Path(adapter, "adapter_config.json").exists():
+        files = {file.stem for file in Path(adapter).glob("adapter_*")}
+        if Path(adapter).is_dir() and not files >= {"adapter_config", "adapter_model"}:
             raise PolicyError(f"{str(adapter)!r} holds no adapter: give a folder such as runs/NAME/adapter")
         with (in_a_sentence(f"load the adapter {str(adapter)!r}", "give the folder of one trained on this model"),
               warnings.catch_warnings()):
@@ -854,9 +857,9 @@ def advantages(rewards: Tensor, baseline: str = "leave-one-out") -> Tensor:
 
 
 def signal_share(rewards: Tensor) -> float:
-    """Return the share of all tasks in rewards [tasks, K] with both a success, 1, and a failure, 0.
+    """Return the share of all tasks in rewards [tasks, K] with both a success, exactly 1, and a failure, exactly 0.
 
-    With a baseline only they teach. NaN is the reward of a rollout that does not count, and is neither.
+    With a baseline only they teach. NaN, the reward of a rollout that does not count, is neither, nor is any other.
     """
     ### BEGIN SOLUTION
     return ((rewards == 1).any(1) & (rewards == 0).any(1)).float().mean().item()
@@ -865,6 +868,8 @@ def signal_share(rewards: Tensor) -> float:
 
 def trajectory_logprobs(policy: Policy, batch: list[Trajectory], temperature: float) -> tuple[Tensor, Tensor]:
     """Return the agent's tokens' log-probabilities [rows, columns-1], in 32 bits, 0 elsewhere, and the mask of them.
+
+    They have a gradient, even if there are no such tokens.
 
     Column t holds log pi(token t+1 | tokens up to t) under logits / temperature, the transform that sampled. Only the
     agent's tokens have logits computed for them (by `token_logprobs`), because these need the most memory.
@@ -891,9 +896,10 @@ def padded(rows: list[list], device: torch.device) -> Tensor:
 def token_logprobs(head: Callable, states: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """Return the log-probabilities of `tokens` [n] after `states` [n, hidden], under head(states) / temperature.
 
-    n may be 0. The logits of all n tokens, each with perhaps 128,000, would need more memory than the model. So they
-    are computed for CHUNK_TOKENS tokens at a time, in 32 bits, and again when the gradient comes back (`checkpoint`,
-    with use_reentrant=False).
+    n may be 0: then the result is empty, and has a gradient all the same. The logits of all n tokens, each with perhaps
+    128,000, would need more memory than the model. So they are computed for CHUNK_TOKENS tokens at a time, by the head
+    in the states' own type, then in 32 bits, and again when the gradient comes back (`checkpoint`, with
+    use_reentrant=False).
     """
     ### BEGIN SOLUTION
     def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
@@ -952,7 +958,8 @@ def reinforce_step(
         with checkpointed(policy.model):
             logprobs, agent = trajectory_logprobs(policy, batch, temperature)  # [rows, columns-1]
             sampler = padded([t.logprobs for t in batch], policy.device)[:, 1:]  # [rows, columns-1]
-            log_ratio = (sampler - logprobs.detach()) * agent  # [rows, columns-1]: log p_sampler - log p_trainer
+            # log p_sampler - log p_trainer [rows, columns-1], which is read again below, as `agent` is
+            log_ratio = (sampler - logprobs.detach()) * agent
             ### BEGIN SOLUTION
             if importance_cap is not None:
                 weight = weight * (-log_ratio).exp().clamp(max=importance_cap)
@@ -1312,6 +1319,8 @@ def main() -> int:
         tasks = list(read_tasks(options.tasks))
         if out.exists():
             raise PolicyError(f"{out} exists already: choose another --out, so that nothing is overwritten")
+        out.mkdir(parents=True)  # whether it can be made should be known before a step is played
+        out.rmdir()
         with Jail(allow_weak=options.allow_weak_jail) as jail, advice_on_memory(options.model):
             print(jail.describe())
             policy = load_policy(options.model, options.adapter, options.rank, options.seed)

@@ -367,7 +367,8 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
         measure_phase("before", suites, jail, run, options)
         tasks = challenge(jail, held_out, run, options)
         if not tasks:
-            raise ValueError(f"no task survived the filter: {folder / 'report.html'} shows why; or raise --challenges")
+            raise ValueError(f"no task survived the filter: {folder / 'report.html'} shows why. Raise "
+                             "--challenges, or take a model that knows the world and the format")
         shown = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in render_task(tasks[-1]))  # for a terminal
         print(f"the last that was kept:\n{shown}")
         steps = len(run.read("metrics.jsonl"))  # that were taken before an interruption
@@ -562,6 +563,8 @@ def open_run(options: argparse.Namespace) -> Path:
     runs = Path("runs")
     free = (f"run-{number}" for number in itertools.count(1) if not (runs / f"run-{number}").exists())
     folder = runs / (options.name or next(free))
+    if not folder.resolve().is_relative_to(runs.resolve()):
+        raise ValueError(f"--name {options.name} is not below {runs}: choose another name")
     if folder.exists():
         raise ValueError(f"{folder} exists already: choose another name, so that nothing is overwritten")
     folder.mkdir(parents=True)

@@ -176,11 +176,11 @@ def parse_step(text: str) -> Step:
     """Return the step in a model's text, whose thought may be missing; raises FormatError, with REMINDER, otherwise.
 
     A `<think>` block at the beginning, as some models write it, does not count. Only what the text then begins with,
-    save for white space, is a thought, and `ACTION:` within it is not an action yet, not even if the thought never
-    ends. All between `ACTION:` and the next `END ACTION` is code, whatever it speaks of, `ANSWER:` too; `REACTION:` is
-    no `ACTION:`. Other words may stand before and after the one action or answer, but no second one, not even an
-    unfinished one. An answer may be empty; an action, without its indentation and fence (`strip_fence`), may not. No
-    part has white space around it.
+    save for white space, is a thought, and neither `ACTION:` nor `ANSWER:` within it is one yet, not even if the
+    thought never ends. All between `ACTION:` and the next `END ACTION` is code, and all between `ANSWER:` and the next
+    `END ANSWER` the answer, whatever they speak of; `REACTION:` is no `ACTION:`. Other words may stand before and after
+    the one action or answer, but no second one, not even an unfinished one. A thought and an answer may be empty; an
+    action, without its indentation and fence (`strip_fence`), may not. No part has white space around it.
     """
     text = re.sub(r"^\s*<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
     ### BEGIN SOLUTION
@@ -896,8 +896,9 @@ def as_answer(value: Any) -> Any:
 def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
     """Return the verdict of a task on an environment's state and a final answer; the state stays as it is.
 
-    True, returned, is a pass; False is a fail. A fail with a reason is any other value, of which the reason shows the
-    str; an error, which is itself the reason; and a change of the state, which is put back as it was `before`.
+    True, returned, is a pass; False is a fail. A fail with a reason, which is never empty, is a change of the state,
+    put back as it was `before` whatever else happened; any other value, whose str the reason shows; and an error, which
+    is itself the reason, as a whole.
     """
     before, environment.over = pickle.dumps(environment.state), False  # so that the tools work once more
     with jail.session(environment, replica) as session:
@@ -943,7 +944,8 @@ def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
     All of it runs on the server that `replica` picks. The stage is the first of these that applies:
     "runs"      any code breaks; or the evaluation does, after the solution or, if that passes, after a failure case
     "solution"  the solution does not pass
-    "failures"  a failure case passes, or doing nothing does; the reason names the first: "failure case 2", for instance
+    "failures"  a failure case passes, or doing nothing does
+    The reason names what breaks or passes, and the first only: "failure case 2", for instance, or "doing nothing".
     To do nothing is to leave a fresh state and the answer None: an evaluation that breaks there has not passed it.
     """
     ### BEGIN SOLUTION

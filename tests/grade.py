@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -81,15 +82,21 @@ def in_parallel(function: Callable[..., dict], jobs: Iterable[tuple]) -> list[di
         except EOFError:
             return {}
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+            process.kill()  # should it not have got as far as its own group
             process.join()
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    threads = ThreadPoolExecutor(os.cpu_count())
+    try:
         return list(threads.map(play_one, jobs))
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)  # after an interrupt nobody waits for what is left
 
 
 def reply(sender: Any, function: Callable, job: tuple) -> None:
-    """Send what a function returns through a pipe."""
+    """Send what a function returns through a pipe, from a process group of its own."""
+    os.setpgid(0, 0)
     sender.send(function(*job))
 
 
@@ -139,11 +146,19 @@ def main() -> int:
     except (AssignmentError, OSError) as error:
         print(f"grade.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("grade.py: interrupted", file=sys.stderr)
+        return 130
     for folder in folders:
         print(folder)
         if missing[folder]:
-            print(f"  not graded, for it has no {', '.join(missing[folder])}")
+            print(f"  not graded, for it has no {', '.join(missing[folder])}" if folder.is_dir() else "  there is no such folder")
             continue
+        for script in SCRIPTS:
+            try:
+                compile((folder / script).read_bytes(), script, "exec", dont_inherit=True)
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                print(f"  Python cannot read {script}: {error}")
         total = 0
         for name in names:
             ends = list(played[folder, name].values())

@@ -14,7 +14,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["tools.py", "verify.py", "rl.py", "eval.py", "selfchallenge.py"]  # in reading order
-SHIPPED = [*SCRIPTS, "README.md", "LICENSE", "requirements.txt", ".gitignore", "tiny", "tests"]
+SHIPPED = [  # and nothing else: what lies beside it may be a teacher's own
+    *SCRIPTS, "README.md", "LICENSE", "requirements.txt", ".gitignore", "tiny/*", "tests/COURSE.md", "tests/course/*.py", "tests/test_*.py",
+    "tests/bench_*.py", *(f"tests/{name}.py" for name in ("conftest", "figures", "live_memory", "readme", "results", "stand_ins")),
+    "tests/figures/*.svg", "tests/figures/runs/*/*.json*"]
 WITHHELD = {"tests/" + name for name in ("make_assignment.py", "wrong_answers.py", "grade.py", "test_assignment.py", "INSTRUCTOR.md")}
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 FOR_STUDENTS = """\
@@ -22,6 +25,12 @@ FOR_STUDENTS = """\
 
 The functions that are missing here are exercises: `tests/COURSE.md` is the handout. `python -m pytest` plays the tests of all
 exercises, and `python -m pytest tests`, when they are solved, those of the whole project.
+
+"""
+FIRST_FOR_STUDENTS = """
+
+**In this copy ten functions are missing, which are exercises: begin with [the handout](tests/COURSE.md).** What this page says holds
+when they are written.
 
 """
 TELLING = 16  # a line of so many characters belongs to its solution; a shorter one may stand anywhere
@@ -108,14 +117,14 @@ def scripts_with(answers: dict[str, str], root: Path = ROOT) -> dict[str, str]:
 
 def shipped_files(root: Path = ROOT) -> list[str]:
     """Return the paths of the files that a student gets, below the root."""
-    paths = [path for name in SHIPPED for path in [root / name, *sorted((root / name).rglob("*"))] if path.is_file()]
-    names = [path.relative_to(root).as_posix() for path in paths if not {"__pycache__", ".pytest_cache"} & {*path.parts}]
+    names = [path.relative_to(root).as_posix() for pattern in SHIPPED for path in sorted(root.glob(pattern)) if path.is_file()]
     return [name for name in names if name not in WITHHELD]
 
 
 def for_students(readme: str) -> str:
     """Return the README with another chapter about course and tests, whose own ones speak of files that stay with the teacher."""
-    return re.sub("^## As an assignment\n.*?(?=^## Licence)", FOR_STUDENTS, readme, flags=re.MULTILINE | re.DOTALL)
+    readme = re.sub("^## As an assignment\n.*?(?=^## Licence)", FOR_STUDENTS, readme, flags=re.MULTILINE | re.DOTALL)
+    return re.sub("\n\n", FIRST_FOR_STUDENTS, readme, count=1)
 
 
 def make_copy(folder: Path, answers: dict[str, str] | None = None, root: Path = ROOT) -> None:

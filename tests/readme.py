@@ -42,7 +42,7 @@ ELSEWHERE = {
     "git clone": "there is no network: stand-ins take the place of the checkouts", "hf auth login": "there is no network",
 }
 RULE = "# " + 99 * "-" + "\n"  # above the head of a chapter
-COMMAND = r"(?:(?:[A-Z0-9_]+=\S+ )*python (?:-m \w+|\S+\.py)|python3 -m venv|pip install -r|git clone|hf auth login)"
+COMMAND = r"(?:(?:[A-Z0-9_]+=\S+ )*python (?:-m \w+|-c|\S+\.py)|python3 -m venv|pip install -r|git clone|hf auth login)"
 
 
 def documented(text: str) -> list[str]:

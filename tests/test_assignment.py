@@ -132,11 +132,19 @@ def test_no_line_of_a_solution_is_left(copy):
     assert not [script for script in SCRIPTS if BEGIN in everything[copy / script] or END in everything[copy / script]]
 
 
+def test_what_lies_beside_the_repository_s_files_is_not_shipped(tmp_path):
+    root = repository(tmp_path / "repository")
+    for name in ("tests/test_a.py", "tests/INSTRUCTOR.md~", "tests/solutions.md", "tests/course2/rl.py", "tests/mine.py", "notes.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x")
+    assert make_assignment.shipped_files(root) == [*SCRIPTS, "tests/test_a.py"]
+
+
 def test_what_is_the_teacher_s_stays_with_the_teacher(copy):
     shipped = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
     assert not shipped & WITHHELD and all((ROOT / name).exists() for name in WITHHELD)
     readme = (copy / "README.md").read_text()
-    assert "tests/COURSE.md" in readme and not [name for name in WITHHELD if Path(name).name in readme] and "SOLUTION" not in readme
+    assert "(tests/COURSE.md)" in readme.split("\n\n")[1] and not [name for name in WITHHELD if Path(name).name in readme] and "SOLUTION" not in readme
     assert {*SCRIPTS, "README.md", "requirements.txt", "tiny/model.safetensors", "tests/COURSE.md", "tests/test_rl.py"} <= shipped
     assert not [name for name in shipped if ".git/" in name or "__pycache__" in name or name.startswith("runs")]
 
@@ -186,9 +194,9 @@ def test_a_solution_passes_although_no_other_exercise_is_solved(played, name):
 
 @pytest.mark.parametrize("name, answer", [(name, answer) for name in WRONG for answer in WRONG[name]])
 def test_a_wrong_answer_is_rejected(played, name, answer):
-    """By an assertion, by pytest because an error was expected that did not come, or because a step was refused; no test was lost."""
+    """By an assertion, by pytest for an error that did not come, by a step that was refused, or by shapes that do not fit; no test was lost."""
     ends = played[name, answer]
-    assert {"AssertionError", "Failed", "FormatError"} & set(ends.values())
+    assert {"AssertionError", "Failed", "FormatError", "RuntimeError"} & set(ends.values())
     assert len(ends) == len(played[name, "the solution"]) and not {"SyntaxError", "NameError", "NotImplementedError"} & set(ends.values())
 
 
@@ -196,19 +204,40 @@ def test_every_exercise_has_at_least_three_wrong_answers():
     assert all(len(answers) >= 3 for answers in WRONG.values())
 
 
+def reads(path: Path) -> bytes:
+    """The content of a file, or nothing if it is gone."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_what_python_cannot_read_is_said_once(copy, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "eve"
+    shutil.copytree(copy, folder)
+    (folder / "eval.py").write_text("def pass_at_k(:\n")
+    monkeypatch.setattr(sys, "argv", ["grade.py", str(folder)])
+    monkeypatch.setattr("grade.in_parallel", lambda function, jobs: [{"test": "not imported"}] * len(jobs))
+    assert grade_main() == 0
+    assert capsys.readouterr().out.count("Python cannot read eval.py: invalid syntax (eval.py, line 1)") == 1
+
+
 def test_a_copy_is_graded_by_the_teacher_s_tests(copy, tmp_path, monkeypatch, capsys):
-    """Two are solved, one is wrong, one ends the process, one only the tests; and the student's own tests have been deleted."""
+    """Two are solved, one is wrong and starts a process, one ends its own, one only the tests; the student's own tests are deleted."""
     folder = tmp_path / "ada"
     shutil.copytree(copy, folder)
     answers = {name: EXERCISES[name].solution for name in ("parse_step", "pass_at_k")}
-    answers |= {"signal_share": "    return 0.5", "advantages": "    os._exit(0)", "evaluate": "    raise KeyboardInterrupt"}
+    started = "    import subprocess\n    subprocess.Popen(['sleep', '70777'])\n    return 0.5"
+    answers |= {"signal_share": started, "advantages": "    os._exit(0)", "evaluate": "    raise KeyboardInterrupt"}
     for script, text in scripts_with(answers).items():
         (folder / script).write_text(text.replace("CHUNK_TOKENS = 512", "CHUNK_TOKENS = 10**9"))
     shutil.rmtree(folder / "tests")
     (tmp_path / "bob").mkdir()
-    monkeypatch.setattr(sys, "argv", ["grade.py", str(tmp_path / "bob"), str(folder)])
+    monkeypatch.setattr(sys, "argv", ["grade.py", str(tmp_path / "nobody"), str(tmp_path / "bob"), str(folder)])
     assert grade_main() == 1
-    bob, not_graded, *lines = capsys.readouterr().out.splitlines()
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"70777" in reads(path)]
+    _, nobody, bob, not_graded, *lines = capsys.readouterr().out.splitlines()
+    assert "no such folder" in nobody
     assert bob.endswith("bob") and "it has no" in not_graded and "rl.py" in not_graded
     graded, in_all, *changed = lines[1:11], *lines[11:]
     assert {line.split()[0] for line in graded if line.split()[1] != "0"} == {"parse_step", "pass_at_k"}

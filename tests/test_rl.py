@@ -872,6 +872,15 @@ def test_a_missing_model_is_one_sentence(name, said):
         load_policy(name)
 
 
+def test_a_folder_that_cannot_be_made_is_noticed_before_a_step_is_played(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tasks.jsonl").write_text(TASK.to_json() + "\n")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["rl.py", "--tasks", str(tmp_path / "tasks.jsonl"), "--out", str(tmp_path / "file" / "out")])
+    monkeypatch.setattr(rl, "load_policy", lambda *_: pytest.fail("it loads the model first"))
+    assert rl.main() == 2
+    assert "Not a directory" in (errors := capsys.readouterr().err) and errors.count("\n") == 1
+
+
 def test_damaged_weights_are_one_sentence(tmp_path):
     shutil.copytree(rl.TINY, tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
@@ -884,6 +893,11 @@ def test_a_folder_without_an_adapter_and_a_damaged_one_are_one_sentence(policy, 
     with pytest.raises(PolicyError, match="holds no adapter.*runs/NAME/adapter"):
         load_policy("tiny", adapter=tmp_path)
     rl.save_adapter(policy, tmp_path / "adapter")
+    with pytest.raises(PolicyError, match="holds an adapter and no model: give it with --adapter"):
+        load_policy(str(tmp_path / "adapter"))
+    shutil.copytree(tmp_path / "adapter", tmp_path / "without", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(PolicyError, match="without' holds no adapter"):
+        load_policy("tiny", adapter=tmp_path / "without")
     broken = load_policy("tiny")
     next(p for p in broken.model.parameters() if p.requires_grad).data.fill_(math.nan)
     rl.save_adapter(broken, tmp_path / "nan")

@@ -61,6 +61,20 @@ WRONG = {
             're.search(r"\\b(ACTION|ANSWER):", after)', 're.search(r"\\b(ACTION|ANSWER):", (content if kind == "ANSWER" else "") + after)')),
         "code speaks of no action": altered("parse_step", (
             're.search(r"\\b(ACTION|ANSWER):", after)', 're.search(r"\\bACTION:", content) or re.search(r"\\b(ACTION|ANSWER):", after)')),
+        "only blanks are taken off": altered("parse_step", ("else content.strip()", 'else content.strip(" ")'), ("thought.strip()", 'thought.strip(" ")')),
+        "a thought ends after a blank": altered("parse_step", ('.partition("END THOUGHT")', '.partition(" END THOUGHT")')),
+        "a REACTION is a second action": altered("parse_step", (
+            're.search(r"\\b(ACTION|ANSWER):", after)', 're.search(r"(ACTION|ANSWER):", after)')),
+        "only after a blank there is a second one": altered("parse_step", (
+            're.search(r"\\b(ACTION|ANSWER):", after)', 're.search(r"\\s(ACTION|ANSWER):", after)')),
+        "any word that begins like a thought": altered("parse_step", ('.startswith("THOUGHT:")', '.startswith("THOUGHT")')),
+        "code loses its powers": altered("parse_step", ("strip_fence(content)", 'strip_fence(content.replace("**", ""))')),
+        "an unfinished thought ends at an answer": altered("parse_step", (
+            "opening = re", 'rest = rest or "ANSWER:" + thought.partition("ANSWER:")[2] * ("ANSWER:" in thought)\nopening = re')),
+        "an empty thought is malformed": altered("parse_step", ("if not closed or", 'if text.lstrip().startswith("THOUGHT:") and not thought.strip() or not closed or')),
+        "what is closed comes first": altered("parse_step", (
+            're.search(r"\\b(ACTION|ANSWER):", rest)',
+            '(re.search(r"\\b(ACTION|ANSWER):", rest) if "END ANSWER" in rest else re.search(r"\\b(ACTION):", rest) or re.search(r"\\b(ANSWER):", rest))')),
         "the first line of an answer": altered("parse_step", ("else content.strip()", 'else content.strip().partition("\\n")[0]')),
     },
     "evaluate": {
@@ -72,6 +86,18 @@ WRONG = {
         "only the last line of an error": altered("evaluate", (
             "outcome.value is True, outcome.error)", "outcome.value is True, outcome.error and outcome.error.splitlines()[-1])")),
         "what counts as true passes": altered("evaluate", (" is True", ""), ("outcome.value is not True", "not outcome.value")),
+        "the value counts before the state is put back": (
+            "if outcome.error is None and not isinstance(outcome.value, bool):\n"
+            "    return Verdict(False, f'evaluate returned {outcome.value}')\n" + SOLUTIONS["evaluate"]),
+        "the value itself is the reason": (
+            "if outcome.error is None and not isinstance(outcome.value, bool) and environment.state == pickle.loads(before):\n"
+            "    return Verdict(False, str(outcome.value))\n" + SOLUTIONS["evaluate"]),
+        "what is empty is a plain fail": altered("evaluate", ("value is not False:", "value is not False and outcome.value not in ('', [], {}):")),
+        "an assertion that fails is a plain fail": altered("evaluate", (
+            "outcome.value is True, outcome.error)", "outcome.value is True, None if 'AssertionError' in str(outcome.error) else outcome.error)")),
+        "a refused tool is a plain fail": altered("evaluate", (
+            "outcome.value is True, outcome.error)", "outcome.value is True, None if 'ToolError' in str(outcome.error) else outcome.error)")),
+        "the beginning of an error": altered("evaluate", ("True, outcome.error)", "True, outcome.error and outcome.error[:200])")),
         "what equals True passes": altered("evaluate", ("value is True", "value == True"), ("value is not True", "value != True")),
         "what equals False is a fail without a reason": altered("evaluate", ("is not False", "!= False")),
         "no value is a fail without a reason": altered("evaluate", ("outcome.error is None and", "False and")),
@@ -93,6 +119,13 @@ WRONG = {
         "doing nothing must not break the evaluation": altered("check", (
             "evaluate(jail, task, make_environment(task.env, task.seed), None, replica).passed",
             "accepts(jail, task, replica, what, make_environment(task.env, task.seed), None)")),
+        "what passes counts before the solution": altered("check", (
+            "if solved and accepts(jail, task, replica, what, *state_and_answer):",
+            "if accepts(jail, task, replica, what, *state_and_answer) if solved else evaluate(jail, task, *state_and_answer, replica).passed:"),
+            ("if not solved:", "if not solved and not passing:")),
+        "doing nothing counts before the solution": altered("check", (
+            "if not solved:", "if not solved and not evaluate(jail, task, make_environment(task.env, task.seed), None, replica).passed:")),
+        "all that pass are named": altered("check", ("{passing[0]} passes", "{', '.join(passing)} passes")),
         "the last one is named": altered("check", ("passing[0]", "passing[-1]")),
         "the first failure case that passes ends the check": altered("check", (
             "passing.append(what)\nif not", "raise TaskError('failures', f'{what} passes the evaluation')\nif not")),
@@ -117,6 +150,7 @@ WRONG = {
         "always the first server": altered("check", ("replica, what", "0, what"), ("None, replica", "None, 0")),
     },
     "extend": {
+        "a token of id 0 is none": altered("extend", ("self.tokens += tokens", "tokens = [t for t in tokens if t]\nself.tokens += tokens")),
         "every token is the agent's": altered("extend", ("[sampled] *", "[True] *")),
         "the mask is inverted": altered("extend", ("[sampled] *", "[not sampled] *")),
         "off by one in the mask": altered("extend", ("[sampled] * len(tokens)", "([False] + [sampled] * len(tokens))[:len(tokens)]")),
@@ -152,6 +186,10 @@ WRONG = {
         "what does not count is signal": "return (rewards != rewards[:, :1]).any(1).float().mean().item()",
         "any difference is signal": "return ((rewards - rewards.nanmean(1, keepdim=True)).abs().nansum(1) > 0).float().mean().item()",
         "more than nothing is a success": altered("signal_share", ("rewards == 1", "rewards > 0")),
+        "what is nearer to 1 is a success": altered("signal_share", ("rewards == 1", "rewards > 0.5")),
+        "what is nearer to 0 is a failure": altered("signal_share", ("rewards == 0", "rewards < 0.5")),
+        "the rewards themselves are changed": "rewards.nan_to_num_(0.5)\n" + SOLUTIONS["signal_share"],
+        "different from the first one by 1": "return ((rewards - rewards[:, :1]).abs() == 1).any(1).float().mean().item()",
         "a number of tasks": "return float((rewards != rewards[:, :1]).any(1).sum())",
     },
     "trajectory_logprobs": {
@@ -163,6 +201,10 @@ WRONG = {
         "without the temperature": altered("trajectory_logprobs", ("temperature)", "1.0)")),
         "in the model's 16 bits": altered("trajectory_logprobs", ("sampled.new_zeros(agent.shape).masked_scatter(agent, sampled)",
             "states.new_zeros(agent.shape).masked_scatter(agent, sampled.to(states.dtype))")),
+        "what was certain is not the agent's": altered("trajectory_logprobs", (
+            "mask[:, 1:]", "padded([t.logprobs for t in batch], policy.device)[:, 1:] != 0")),
+        "as wide as the first row": altered("trajectory_logprobs", ("sampled.new_zeros(agent.shape)", "sampled.new_zeros(len(batch), len(batch[0].tokens) - 1)")),
+        "no gradient where nothing was said": "if not mask[:, 1:].any():\n    return torch.zeros(mask[:, 1:].shape), mask[:, 1:]\n" + SOLUTIONS["trajectory_logprobs"],
         "every token goes through the head": (
             "agent = mask[:, 1:]\nlogprobs = token_logprobs(head, states[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), temperature)\n"
             "return logprobs.view(agent.shape) * agent, agent"),
@@ -184,6 +226,8 @@ WRONG = {
         "zero gradient": altered("token_logprobs", ("head(states)", "head(states.detach())")),
         "not normalised": altered("token_logprobs", (" - logits.logsumexp(-1)", "")),
         "in 16 bits": altered("token_logprobs", (".float()", "")),
+        "the head is given 32 bits": altered("token_logprobs", ("head(states)", "head(states.float())")),
+        "no gradient where there is nothing": "if not len(tokens):\n    return torch.zeros(0)\n" + SOLUTIONS["token_logprobs"],
         "the last, shorter chunk is forgotten": altered("token_logprobs", (
             "for chunk in chunks", "for chunk in chunks if len(chunk[0]) in (CHUNK_TOKENS, len(tokens))")),
     },
@@ -200,6 +244,8 @@ WRONG = {
         "the inverse of the cap is a floor": altered("reinforce_step", ("(max=importance_cap)", "(1 / importance_cap, importance_cap)")),
         "weighed even without a cap": altered("reinforce_step", (
             "if importance_cap is not None:", "if True:"), ("max=importance_cap", "max=importance_cap or 1.0")),
+        "the ratio that was given is changed": altered("reinforce_step", ("(-log_ratio).exp()", "log_ratio.neg_().exp_()")),
+        "the mask that was given is changed": "agent = torch.ones_like(agent)\n" + SOLUTIONS["reinforce_step"],
         "the cap is a floor": altered("reinforce_step", ("max=importance_cap", "min=importance_cap")),
     },
     "pass_at_k": {

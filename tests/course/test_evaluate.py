@@ -43,6 +43,8 @@ def test_an_evaluation_that_returns_nothing_has_failed(jail, shop):
     ("def evaluate():\n    print(True)\n    raise SystemExit(0)", "SystemExit"),
     ("import os\ndef evaluate():\n    os._exit(0)", "ended or crashed"),
     ("passed = True", "does not define evaluate"),
+    ("def evaluate():\n    assert 1 == 2", "AssertionError"),
+    ("def evaluate():\n    cancel_order('no such order')", "no order has the id"),
 ])
 def test_an_error_is_a_fail_and_its_own_reason(jail, shop, evaluation, reason):
     verdict = evaluate(jail, task(evaluation), shop, None)
@@ -50,7 +52,7 @@ def test_an_error_is_a_fail_and_its_own_reason(jail, shop, evaluation, reason):
 
 
 def test_the_whole_error_is_the_reason(jail, shop):
-    verdict = evaluate(jail, task("def evaluate():\n    raise ValueError('first\\nlast')"), shop, None)
+    verdict = evaluate(jail, task("def evaluate():\n    raise ValueError('first\\n' + 300 * '.' + 'la' + 'st')"), shop, None)
     assert "ValueError: first" in verdict.reason and "last" in verdict.reason
 
 
@@ -59,7 +61,13 @@ def test_what_is_printed_is_no_verdict(jail, shop):
     assert evaluate(jail, task("def evaluate():\n    print(False)\n    return True"), shop, None).passed is True
 
 
-@pytest.mark.parametrize("end", ["return True", "return False", "return 1 / 0"])
+@pytest.mark.parametrize("value", ["''", "[]", "{}", "()"])
+def test_an_empty_value_has_failed_for_a_reason(jail, shop, value):
+    verdict = evaluate(jail, task(f"def evaluate():\n    return {value}"), shop, None)
+    assert verdict.passed is False and verdict.reason
+
+
+@pytest.mark.parametrize("end", ["return True", "return False", "return 1 / 0", "return 1", "pass"])
 @pytest.mark.parametrize("answered", [False, True])
 def test_an_evaluation_that_changes_the_state_has_failed_and_changed_nothing(jail, shop, end, answered):
     """In a state that the executor has changed before, and also where a world is judged by the answer."""

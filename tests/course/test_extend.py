@@ -11,8 +11,8 @@ def test_by_hand():
     trajectory = Trajectory([1, 2], [False, False], [0.0, 0.0])
     trajectory.extend([3, 4, 5], True, [-0.5, -0.25, -2.0])
     trajectory.extend([6, 7], False)
-    trajectory.extend([8], True, [-1.0])
-    assert trajectory.tokens == [1, 2, 3, 4, 5, 6, 7, 8]
+    trajectory.extend([0], True, [-1.0])  # a token like any other
+    assert trajectory.tokens == [1, 2, 3, 4, 5, 6, 7, 0]
     assert trajectory.mask == [False, False, True, True, True, False, False, True]
     assert {*map(type, trajectory.mask)} == {bool} and {*map(type, trajectory.logprobs)} == {float}
     assert trajectory.logprobs == [0.0, 0.0, -0.5, -0.25, -2.0, 0.0, 0.0, -1.0]

@@ -20,6 +20,12 @@ from verify import FormatError, parse_step
     ("THOUGHT: to the END we go END THOUGHT ACTION: print('END OF LIST') END ACTION", "to the END we go", "action", "print('END OF LIST')"),
     ("THOUGHT: a END THOUGHT ACTION: f() END ACTION\n\nTHOUGHT: b\nEND THOUGHT", "a", "action", "f()"),
     ("THOUGHT: a END THOUGHT THOUGHT: b END THOUGHT ANSWER: 5 END ANSWER", "a", "answer", "5"),
+    ("THOUGHT:\nlook\nEND THOUGHT\nANSWER:\n5\nEND ANSWER\n", "look", "answer", "5"),
+    ("THOUGHT: END THOUGHT ANSWER: 5 END ANSWER", "", "answer", "5"),
+    ("THOUGHTFUL words. ANSWER: 5 END ANSWER", "", "answer", "5"),
+    ("My REACTION: joy. ACTION: f() END ACTION", "", "action", "f()"),
+    ("ANSWER: 5 END ANSWER What a REACTION: joy", "", "answer", "5"),
+    ("ACTION: print('end action', 2**3) END ACTION", "", "action", "print('end action', 2**3)"),
 ])
 def test_a_step_is_read(text, thought, kind, content):
     step = parse_step(text)
@@ -53,6 +59,9 @@ def test_all_lines_of_code_lose_the_indentation_that_they_share():
     "I would look the tea up.",
     "THOUGHT: it is 5 END THOUGHT",
     "THOUGHT: not closed ACTION: f() END ACTION",
+    "THOUGHT: not closed ANSWER: 5 END ANSWER",
+    "ANSWER: 5 ACTION: f() END ACTION",
+    "ACTION: f() END ACTION;ACTION: g()",
     "ACTION: f()",
     "ANSWER: 5",
     "ACTION: f() END ANSWER",

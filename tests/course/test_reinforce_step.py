@@ -19,7 +19,10 @@ SAMPLER = -1.0  # every token's log-probability when it was sampled
 
 @pytest.fixture
 def step(monkeypatch):
-    """Return the function that takes a step on three trajectories; it returns loss, gradients [3, 4] and the table after it."""
+    """Return the function that takes a step on three trajectories; it returns loss, gradients [3, 4] and the table after it.
+
+    What else the step tells is then in its `figures`.
+    """
     def take(advantage, table=None, learning_rate=0.0, **options):
         trajectories = [Trajectory([5] * len(mask), [bool(m) for m in mask], [SAMPLER * m for m in mask]) for mask in MASKS]
         model = torch.nn.Module()
@@ -36,6 +39,7 @@ def step(monkeypatch):
         policy = SimpleNamespace(model=model, device=torch.device("cpu"))
         optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
         figures = rl.reinforce_step(policy, optimizer, trajectories, torch.tensor(advantage), max_norm=math.inf, **options)
+        take.figures = figures
         gradient = torch.zeros(3, 4) if model.table.grad is None else model.table.grad
         return figures["loss"], gradient, model.table.detach()
     return take
@@ -91,3 +95,5 @@ def test_the_importance_ratio_weighs_each_token_up_to_its_cap(step):
     weight = torch.tensor([[2.0, 2.5, 0.25, 1.0]]) * torch.tensor([[1.0], [-0.5], [0.25]])
     torch.testing.assert_close(gradient, -weight * AGENT / 3)  # the ratio is a number, no part of the gradient
     assert loss == pytest.approx(-(weight * AGENT * (SAMPLER + ratio.log())).sum().item() / 3)
+    assert step.figures["mismatch_kl"] == pytest.approx(-(ratio.log() * AGENT).sum().item() / 7)  # what was given is as it was
+    assert step.figures["trained_tokens"] == 7

@@ -64,6 +64,12 @@ def test_logits_in_16_bits_are_normalised_in_32(states):
     torch.testing.assert_close(found, torch.log_softmax(rounded / 0.7, -1)[torch.arange(30), TOKENS])
 
 
+def test_the_head_is_given_the_states_in_their_own_type(states):
+    types = set()
+    rl.token_logprobs(lambda x: types.add(x.dtype) or x @ WEIGHT.T.to(x.dtype), states.bfloat16(), TOKENS, 1.0).sum().backward()
+    assert types == {torch.bfloat16}
+
+
 def test_large_logits_neither_overflow_nor_underflow(states):
     torch.testing.assert_close(rl.token_logprobs(lambda x: x @ WEIGHT.T, 100 * states, TOKENS, 1.0), plain(100 * states, 1.0))
 

@@ -58,6 +58,22 @@ def test_all_else_is_zero_and_the_mask_says_where(policy):
         assert {i for i, value in enumerate(row.tolist()) if value != 0} == columns
 
 
+def test_a_token_that_was_certain_is_scored_as_well(policy):
+    _, agent = trajectory_logprobs(policy, [Trajectory([9, 8, 7], [False, True, True], [0.0, 0.0, -1.0])], 1.0)
+    assert agent.tolist() == [[True, True]]
+
+
+def test_the_order_of_the_rows_does_not_matter(policy):
+    (one, mask), (other, other_mask) = trajectory_logprobs(policy, BATCH, 1.0), trajectory_logprobs(policy, BATCH[::-1], 1.0)
+    torch.testing.assert_close(one, other.flip(0))
+    assert torch.equal(mask, other_mask.flip(0))
+
+
+def test_where_the_agent_has_said_nothing_there_is_a_gradient_all_the_same(policy):
+    logprobs, agent = trajectory_logprobs(policy, [Trajectory([9, 8], [False, False], [0.0, 0.0])], 1.0)
+    assert logprobs.requires_grad and logprobs.tolist() == [[0.0]] and agent.tolist() == [[False]]
+
+
 def test_only_the_agent_s_tokens_are_given_to_the_head(policy):
     trajectory_logprobs(policy, BATCH, 1.0)
     assert sum(SCORED) == sum(sum(trajectory.mask) for trajectory in BATCH)
