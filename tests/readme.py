@@ -34,12 +34,13 @@ SMALLER = {  # what is appended to a command that begins so; the first that fits
     "python tiny/pretrain.py": "--episodes 40 --epochs 1",
     "TAU_BENCH=tau-bench M3TOOLEVAL=code-act python -m pytest": "-k 'agree or page'",
     "TAU_BENCH=tau-bench python tests/bench_worlds.py": "--any-version",
+    "hf auth login": "--help",  # it asks for a password of one's own
     "python tests/wrong_answers.py": "--help",  # test_assignment.py plays them
 }
 ELSEWHERE = {
     "python -m pytest": "it is the next that .ci/run does", "python tests/readme.py": "this is it",
     "python3 -m venv": ".ci/run has done it", "pip install": ".ci/run has done it",
-    "git clone": "there is no network: stand-ins take the place of the checkouts", "hf auth login": "there is no network",
+    "git clone": "there is no network: stand-ins take the place of the checkouts",
 }
 RULE = "# " + 99 * "-" + "\n"  # above the head of a chapter
 COMMAND = r"(?:(?:[A-Z0-9_]+=\S+ )*python (?:-m \w+|-c|\S+\.py)|python3 -m venv|pip install -r|git clone|hf auth login)"
