@@ -590,6 +590,7 @@ body { max-width: 52rem; margin: 0 auto; padding: 1.5rem 1rem 5rem; background: 
 h1 { margin: 1rem 0 0; line-height: 1.2; } h2 { margin: 3.25rem 0 0; font-size: 1.3rem; }
 h3 { margin: 1.75rem 0 .5rem; font-size: 1rem; } h4 { margin: .9rem 0 .25rem; font-size: .8rem; color: var(--quiet); }
 .note, small, .legend { color: var(--quiet); font-size: .88rem; } .note { margin: .3rem 0 1.1rem; }
+.note span { white-space: nowrap; }
 figure, details { margin: .6rem 0; padding: .65rem .95rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; } figcaption { margin-bottom: .4rem; } summary b { color: var(--colour); }
 .wide { margin-top: 1rem; overflow-x: auto; background: /* a shadow at the edge behind which there is more */
@@ -630,7 +631,7 @@ $results
 <h2>The filter</h2>
 <p class=note>The challenger's attempts, and the share that survives each stage. Few survivors are normal: of an 8B
 model's tasks on Retail the paper kept 5 %. Many duplicates mean that the challenger has run out of ideas. (With
---no-filter nothing is rejected but what cannot be read, held-out tasks and duplicates.)</p>
+<span>--no-filter</span> nothing is rejected but what cannot be read, held-out tasks and duplicates.)</p>
 $funnel
 <h3>Why tasks were rejected</h3>
 <p class=note>One of each kind, and how many there were. Reasons that differ in numbers only are of one kind.</p>

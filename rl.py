@@ -431,8 +431,8 @@ def sampled_turns(
     cache, ended = SlotCache(len(slots), context), []
     while slots:
         feed(policy, cache, slots)
-        logits = decode(policy, cache, slots, turn_tokens)
-        # both as floats, in one transfer: here a GPU is waited for
+        logits = decode(policy, cache, slots, turn_tokens)  # [slots, vocabulary]
+        # both as floats [2, slots], in one transfer: here a GPU is waited for
         tokens, logprobs = torch.stack(sample_tokens(logits, generator, temperature)).tolist()
         if any(map(math.isnan, logprobs)):
             raise PolicyError("the model's probabilities are no numbers any more: lower --learning-rate")

@@ -24,7 +24,7 @@ FOR_STUDENTS = """\
 ## As an assignment
 
 The functions that are missing here are exercises: `tests/COURSE.md` is the handout. `python -m pytest` plays the tests of all
-exercises, and `python -m pytest tests`, when they are solved, those of the whole project.
+exercises.
 
 """
 FIRST_FOR_STUDENTS = """

@@ -17,9 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from stand_ins import make_m3tooleval, make_tau_bench
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from stand_ins import make_m3tooleval, make_tau_bench  # noqa: E402
+from tools import M3ToolEval, TauBench  # noqa: E402
+
 SMALL = "--challenges 24 --steps 1 --tasks-per-step 4 --rollouts 4 --trials 1 --turn-tokens 176 --context 512 --parallel 96"
 SMALLER = {  # what is appended to a command that begins so; the first that fits
     "python selfchallenge.py": f"--model tiny {SMALL} --any-version",
@@ -35,12 +38,11 @@ SMALLER = {  # what is appended to a command that begins so; the first that fits
     "TAU_BENCH=tau-bench M3TOOLEVAL=code-act python -m pytest": "-k 'agree or page'",
     "TAU_BENCH=tau-bench python tests/bench_worlds.py": "--any-version",
     "hf auth login": "--help",  # it asks for a password of one's own
-    "python tests/wrong_answers.py": "--help",  # test_assignment.py plays them
+    "python tests/wrong_answers.py": "pass_at_k",  # test_assignment.py plays them all
 }
 ELSEWHERE = {
     "python -m pytest": "it is the next that .ci/run does", "python tests/readme.py": "this is it",
     "python3 -m venv": ".ci/run has done it", "pip install": ".ci/run has done it",
-    "git clone": "there is no network: stand-ins take the place of the checkouts",
 }
 RULE = "# " + 99 * "-" + "\n"  # above the head of a chapter
 COMMAND = r"(?:(?:[A-Z0-9_]+=\S+ )*python (?:-m \w+|-c|\S+\.py)|python3 -m venv|pip install -r|git clone|hf auth login)"
@@ -65,10 +67,16 @@ def prepare(folder: Path, readme: str) -> None:
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache"))
     shutil.copytree(ROOT / "tests" / "figures" / "runs", folder / "tests" / "figures" / "runs")
     (folder / "garden.py").write_text(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], encoding="utf-8")
-    make_m3tooleval(folder / "code-act")
-    make_tau_bench(folder / "tau-bench")
+    publish(make_m3tooleval(folder / "hub" / "xingyaoww" / "code-act"), M3ToolEval.clone)
+    publish(make_tau_bench(folder / "hub" / "sierra-research" / "tau-bench"), TauBench.clone)
     (folder / "handed-in").mkdir()
     (folder / "handed-in" / "student").symlink_to("../course")
+
+
+def publish(stand_in: Path, clone: str) -> None:
+    """Make a repository of a stand-in, with a tag that has the name of the commit that a command of the README asks for."""
+    for command in ("git init -q", "git add .", "git -c user.name=- -c user.email=- commit -qm stand-in", f"git tag {clone.split()[-1]}"):
+        subprocess.run(command.split(), cwd=stand_in, check=True)
 
 
 def counted(readme: str) -> str:
@@ -84,7 +92,8 @@ def counted(readme: str) -> str:
 
 def play(command: str, folder: Path) -> bool:
     """Run a command in a folder; print it, and how it ended; return whether that is well."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                   "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{folder}/hub/.insteadOf", "GIT_CONFIG_VALUE_0": "https://github.com/"}
     start = time.monotonic()
     done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     well = done.returncode == 0 or "no task survived the filter" in done.stderr
@@ -108,7 +117,7 @@ def main() -> int:
         folder = Path(temporary) / "copy"
         prepare(folder, readme)
         course = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").glob("*.md"))]
-        for command in sorted(documented("\n".join([readme, *course])), key=lambda command: "run-2" in command):  # which is there only when others have run
+        for command in documented("\n".join([readme, *course])):
             if where := next((why for start, why in ELSEWHERE.items() if command.startswith(start)), None):
                 print(f"not here, {where}: {command}")
             else:

@@ -1,6 +1,7 @@
 """Planted wrong answers: plausible mistakes, of which the tests of each exercise must reject every one.
 
-    python tests/wrong_answers.py           plays them all, and the solutions, and prints how each ended
+    python tests/wrong_answers.py               plays them all, and the solutions, and prints how each ended
+    python tests/wrong_answers.py pass_at_k     only those of an exercise
 
 Each is the text that stands in the place of a solution. Found another mistake in a solved copy? Add it here: if no test
 rejects it, the exercise needs one more.
@@ -8,6 +9,7 @@ rejects it, the exercise needs one more.
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from textwrap import dedent, indent
 
@@ -265,18 +267,22 @@ def plant(name: str, code: str) -> dict[str, str]:
         return play(copy, name)
 
 
-def play_all() -> dict[tuple[str, str], dict[str, str]]:
+def play_all(names: Iterable[str] = EXERCISES) -> dict[tuple[str, str], dict[str, str]]:
     """Return {(exercise, answer): {test: how it ended}} of all wrong answers, and of the solutions, called "the solution"."""
-    answers = [(name, what, code) for name in EXERCISES for what, code in {"the solution": SOLUTIONS[name], **WRONG[name]}.items()]
+    answers = [(name, what, code) for name in names for what, code in {"the solution": SOLUTIONS[name], **WRONG[name]}.items()]
     ends = in_parallel(plant, [(name, code) for name, _, code in answers])
     return {(name, what): end for (name, what, _), end in zip(answers, ends)}
 
 
 def main() -> int:
     """Print how all answers ended; return 1 if one ended as it should not."""
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("exercises", nargs="*", metavar="EXERCISE", help="only of these")
+    names = parser.parse_args().exercises or list(EXERCISES)
+    if unknown := [name for name in names if name not in EXERCISES]:
+        parser.error(f"there is no exercise {', '.join(unknown)}, but {', '.join(EXERCISES)}")
     surprises = 0
-    for (name, answer), ends in play_all().items():
+    for (name, answer), ends in play_all(names).items():
         failed = sum(end != "passed" for end in ends.values())
         surprises += (failed == 0) != (answer == "the solution")
         print(f"{name:20} {answer:60} fails {failed:2} of {len(ends)} tests")
