@@ -5,8 +5,8 @@ function, an example solution and failure cases. The filter keeps a task only if
 runs, the solution passes the evaluation, and no failure case does.
 
 Departures from the paper, and why:
-- `evaluate(answer)` replaces `<expected_output>`, and failure cases are code that leaves a wrong answer instead of
-  wrong answers, so that all worlds share one format.
+- `evaluate(answer)` replaces `<expected_output>`, failure cases are code that leaves a wrong answer instead of wrong
+  answers, and Web Browsing has a solution, too: so all worlds share one format.
 - A step may lack its THOUGHT, and begin with a `<think>` block instead, as some models write.
 - Doing nothing must fail as well: a task that asks for nothing rewards every executor.
 - What the filter would keep is judged once more, and its solution four times more, each time with another random seed

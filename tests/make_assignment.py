@@ -123,6 +123,7 @@ def shipped_files(root: Path = ROOT) -> list[str]:
 
 def for_students(readme: str) -> str:
     """Return the README with another chapter about course and tests, whose own ones speak of files that stay with the teacher."""
+    readme = re.sub(r"^\| .*`(tests/INSTRUCTOR\.md|\.ci/run)`.*\n", "", readme, flags=re.MULTILINE)  # rows of the files' table
     readme = re.sub("^## As an assignment\n.*?(?=^## Licence)", FOR_STUDENTS, readme, flags=re.MULTILINE | re.DOTALL)
     return re.sub("\n\n", FIRST_FOR_STUDENTS, readme, count=1)
 
