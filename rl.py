@@ -1,5 +1,11 @@
 """The policy: a 4-bit base with a LoRA adapter, batched multi-turn rollouts, REINFORCE with a baseline.
 
+Some words: a policy is the model as one that acts, a rollout is an episode that it plays. The advantage of a rollout
+is how much better its reward was than a baseline, that is, than what was to be expected; REINFORCE raises the
+log-probability of each sampled token in proportion to it. LoRA freezes the weights and trains small additions to them,
+of low rank; NF4 stores a weight in 4 bits, and QLoRA is both. The KV cache keeps what attention needs of earlier
+tokens (keys and values), so that only new tokens are computed.
+
 The paper (section 3) trains the executor by REINFORCE with the 0/1 reward and no baseline, which is rejection
 fine-tuning (RFT): only the successes carry gradient. What differs here, and why:
 
@@ -16,12 +22,6 @@ fine-tuning (RFT): only the successes carry gradient. What differs here, and why
 What the paper's comparisons by PPO and GRPO add is left out, as in its own REINFORCE: clipped ratios and a KL term,
 which one gradient step per batch of rollouts does not need, and division by a group's standard deviation or by a
 trajectory's length, which bias the gradient (Dr. GRPO, arXiv 2503.20783).
-
-Some words: a policy is the model as one that acts, a rollout is an episode that it plays. The advantage of a rollout
-is how much better its reward was than a baseline, that is, than what was to be expected; REINFORCE raises the
-log-probability of each sampled token in proportion to it. LoRA freezes the weights and trains small additions to them,
-of low rank; NF4 stores a weight in 4 bits, and QLoRA is both. The KV cache keeps what attention needs of earlier
-tokens (keys and values), so that only new tokens are computed.
 
 The data flow: episodes --rollout--> trajectories --advantages--> A --reinforce_step--> policy.
 

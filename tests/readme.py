@@ -5,7 +5,8 @@
 
 What takes long is played in a smaller size, by options that are appended; the rest is the README's, to the letter. Models
 that have to be downloaded give way to the embedded one, the benchmarks' checkouts to the tests' stand-ins; what needs a GPU gets
-as far as it does without. A command has to end well. Where the embedded model cannot do the work, it may also end with the sentence that no task survived the filter.
+as far as it does without. A command has to end well. Where the embedded model cannot do the work, it may also end with the
+sentence that no task survived the filter.
 """
 import argparse
 import os
