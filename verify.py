@@ -223,51 +223,101 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 
 
 # ---------------------------------------------------------------------------------------------------
-# the jail: what holds code that a model wrote
+# THE JAIL: what holds code that a model wrote, in two pages
 #
-# The layers, each with the attack that it stops, and where it stands in the chapters below:
-#   a process of its own      patched built-ins, frames, gc: code shares no memory with the verdict (fork_child)
-#   data on a pipe            printed success, exit codes, objects that equal everything: none of them is True (plain)
-#   state outside             reading or changing the world other than by its tools (call_tool, here and in Session)
-#   a deadline, then a kill   endless loops, sleeps, calls in C that nothing else interrupts (exchange, end)
-#   limits                    eating the memory, filling the disk, computing on after the reply (make_confine)
-#   a filter of system calls  files, network, processes, signals: all but SYSTEM_CALLS is refused (seccomp_program)
-#   nothing to find           no environment variables, no files but the channel, of this project two chapters (inside,
-#                             prepare_server)
-#   servers that differ       a verdict that follows hashes, chance or the date: each of them must say the same (judge,
-#                             set_clock)
-#
-# The way of one check: `Session.run` asks a fork server for a child, which has been forked and confined, and sends it
-# the code (unless the jail remembers what a child replied to the same messages). Where that calls a tool, the call
-# comes back as data, is executed on the episode's state, and its result is sent down. At last the child sends what was
-# printed, and a value or an error. That, as data, is the Outcome, of which this process makes a verdict (`evaluate`);
-# then the child is killed.
+# A fork server, a program of its own, forks and confines a child for each author of code, which is sent the code as a
+# line of JSON. Where that calls a tool, the call comes back as data, is executed on the episode's state, and its result
+# is sent down; at last come what was printed, and a value or an error. Of that, as data, `evaluate` makes the verdict,
+# and the child is killed. Each layer below says first what it stops. Two more are in the chapters that follow:
+#   STATE OUTSIDE stops reading and changing the world other than by its tools: a child has stubs (call_tool, twice).
+#   SERVERS THAT DIFFER stop verdicts that follow hashes, chance or the date: all have to agree (set_clock, judge).
 
-@dataclass
-class Outcome:
-    """What running a piece of code brought."""
+def inside(statement: str, **options: Any) -> subprocess.Popen:
+    """NOTHING TO FIND stops the theft of secrets: a server is a new program, without environment variables or open files.
 
-    printed: str
-    error: str | None  # the traceback's last lines, or a sentence about a timeout or a crash
-    value: Any = None  # what `result` holds, or evaluate returned; of what is no plain data only the "<type>"
+    It imports what code may need, for a child can open no file, and executes the text from INSIDE to OUTSIDE and the
+    statement. Nothing else of the project: with tools.py in its memory, code could compute the hidden states.
+    """
+    imports = (f"import sys; sys.path.remove(''); sys.modules['_datetime'] = None; import {', '.join(MODULES)}; "
+               "from typing import Any, Callable")  # without the datetime in C, which asks the system for the time
+    file = os.path.abspath(__file__)
+    text = f"open({file!r}, encoding='utf-8').read().partition('\\n# INSIDE')[2].partition('\\n# OUTSIDE')[0]"
+    command = [sys.executable, "-s", "-S", "-B", "-c", f"{imports}; exec('#' + {text})\n{statement}"]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    return subprocess.Popen(command, **streams | {"env": {}, "cwd": "/"} | options)
 
 
-def observation(outcome: Outcome) -> str:
-    """Return what the model sees of an outcome: what was printed, cut if it is long, and the error."""
-    printed = outcome.printed.strip("\n")
-    if len(printed) > OBSERVATION_CHARACTERS:
-        printed = f"{printed[:OBSERVATION_CHARACTERS]}\n… (cut after {OBSERVATION_CHARACTERS:,} characters)"
-    return "\n".join(filter(None, [printed, outcome.error])) or "(no output: only what the code prints is shown)"
+def exchange(channel: socket.socket, message: bytes, deadline: float, most: int) -> bytes:
+    """A DEADLINE, THEN A KILL stops endless loops, sleeps, and calls in C that nothing else interrupts; A CAP, floods.
+
+    Return the line of at most so many bytes with which a child replies; raises TimeoutError at the deadline (of
+    time.monotonic), and another OSError if the child is dead or floods the channel. Whoever asked has it killed then.
+    """
+    def in_time(transfer: Callable, what: Any) -> Any:
+        if (seconds := deadline - time.monotonic()) <= 0:
+            raise TimeoutError
+        channel.settimeout(seconds)
+        return transfer(what)
+
+    in_time(channel.sendall, message)
+    line = b""
+    while not line.endswith(b"\n"):
+        line += (piece := in_time(channel.recv, 65_536))
+        if not piece or len(line) > most:
+            raise ConnectionError("the child has closed the channel, or floods it")
+    return line
 
 
-# ---------------------------------------------------------------------------------------------------
-# INSIDE THE JAIL: the walls, two pages; the next chapter makes a server ready, and talks
-#
-# A fork server executes the text from here to OUTSIDE and nothing else of the project: with tools.py in its memory,
-# model-written code could compute the hidden states. It forks a child for each untrusted author.
+# INSIDE: what a server executes, as far as OUTSIDE
 
 MEMORY_BYTES = 256 * 1024 * 1024  # of address space in a child
-PROCESSOR_SECONDS = 60            # in the life of a child; the parent sets a wall deadline to each action
+PROCESSOR_SECONDS = 60            # in the life of a child
+NESTING = 50                      # levels of lists and dicts in plain data
+LARGEST = 10**300                 # number in plain data, as which an int can still become a float
+
+
+def fork_child() -> tuple[int, int]:
+    """A PROCESS FOR EACH AUTHOR stops patched built-ins and walks through frames and gc: it shares memory with no other.
+
+    Return the child's pid, in the child itself 0, and this end of the channel between the two.
+    """
+    ours, theirs = [side.detach() for side in socket.socketpair()]  # plain descriptors: less for a child to touch
+    pid = os.fork()
+    os.close(theirs if pid else ours)
+    return pid, ours if pid else theirs
+
+
+def make_confine(strong: bool) -> Callable[[], None]:
+    """LIMITS stop what eats the memory, fills the disk, or computes on after its reply.
+
+    What is returned is called in a child, which then gives up all that it does not need, for good. What can be prepared
+    is prepared here, because each page of memory that a child touches costs a copy.
+    """
+    import resource  # here, because this file must get as far as saying that Windows cannot have the jail
+    linux, server = sys.platform == "linux", os.getpid()
+    limits = {resource.RLIMIT_CPU: PROCESSOR_SECONDS, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0,
+              resource.RLIMIT_NOFILE: 16}
+    if linux:
+        limits[resource.RLIMIT_AS] = MEMORY_BYTES  # elsewhere missing, or less than Python itself occupies
+        prctl = ctypes.CDLL(None).prctl
+    if strong:
+        program = ctypes.create_string_buffer(seccomp_program())
+        program_and_pointer = program, struct.pack("HP", len(program) // 8, ctypes.addressof(program))
+    else:
+        limits[resource.RLIMIT_NPROC] = 0  # no processes, unless for root
+
+    def confine() -> None:
+        for limit, most in limits.items():
+            resource.setrlimit(limit, (most, most))
+        if linux:
+            prctl(38, 1, 0, 0, 0)              # PR_SET_NO_NEW_PRIVS, without which no filter is accepted
+            prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: end with the server ...
+            if os.getppid() != server:
+                os._exit(1)                    # ... which may have ended already
+        if strong and prctl(22, 2, program_and_pointer[1], 0, 0):  # PR_SET_SECCOMP
+            os._exit(1)                        # without the filter nothing untrusted may run
+    return confine
+
 
 # All that a child may ask of the kernel, by the numbers of x86-64 and aarch64. None of these calls takes a path
 # or makes a process or a descriptor; kill is missing, and so are fcntl and ioctl, by which a signal can be sent too.
@@ -284,7 +334,10 @@ MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # the column
 
 
 def seccomp_program() -> bytes:
-    """Return the filter in the kernel's BPF: SYSTEM_CALLS are allowed, others fail, those of another machine kill."""
+    """A FILTER OF SYSTEM CALLS stops all use of files, network, processes and signals: the kernel refuses the rest.
+
+    Return it in the kernel's BPF: SYSTEM_CALLS are allowed, others fail, those of another machine kill.
+    """
     column, architecture = MACHINES[os.uname().machine]
     load, equal, give = 0x20, 0x15, 0x06  # the argument is what to load, to compare with, or to give
     allow, error, kill = 0x7FFF0000, 0x00050000, 0x80000000
@@ -296,93 +349,29 @@ def seccomp_program() -> bytes:
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
-def make_confine(strong: bool) -> Callable[[], None]:
-    """Limit this process, and so its children; return the function by which a child gives up the rest for good.
+def plain(value: Any, nesting: int = NESTING) -> Any:
+    """DATA ON A PIPE stops printed success, exit codes and objects that equal everything: none of them is True.
 
-    What can be prepared is prepared here, because each page of memory that a child touches costs a copy.
+    Return `value` as plain data, tuples as lists; raises ValueError for all that is not plain data.
     """
-    import resource  # here, because this file must get as far as saying that Windows cannot have the jail
-    limits = {resource.RLIMIT_NOFILE: 16, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}
-    linux, server = sys.platform == "linux", os.getpid()
-    if linux:
-        limits[resource.RLIMIT_AS] = MEMORY_BYTES  # elsewhere missing, or less than Python itself occupies
-        prctl = ctypes.CDLL(None).prctl
-        prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, without which no filter is accepted
-    for limit, most in limits.items():
-        resource.setrlimit(limit, (most, most))
-    if strong:
-        program = ctypes.create_string_buffer(seccomp_program())
-        program_and_pointer = program, struct.pack("HP", len(program) // 8, ctypes.addressof(program))
-
-    def confine() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_SECONDS, PROCESSOR_SECONDS))
-        if linux:
-            prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: end with the server ...
-            if os.getppid() != server:
-                os._exit(1)                    # ... which may have ended already
-        if not strong:
-            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no processes, unless for root
-        elif prctl(22, 2, program_and_pointer[1], 0, 0):       # PR_SET_SECCOMP
-            os._exit(1)  # without the filter nothing untrusted may run
-    return confine
-
-
-def serve(descriptor: int, seed: int, strong: bool) -> int:
-    """The fork server: sent 0 it replies with a child's pid and the channel to it, sent a pid it ends that child.
-
-    A child is forked before it is asked for, while the parent still works with the one before, and reaped only
-    when it is ended, so that a pid never comes to mean another process. When the control socket is closed the
-    parent is gone, and the server ends with all its children; so it does when the system gives no more processes.
-    Only a child returns from here, confined, with its channel: so no frame of this function is above the code it runs.
-    """
-    control, confine, children, server = socket.socket(fileno=descriptor), make_confine(strong), set(), os.getpid()
-    prepare_server(seed)
-    spare, channel = fork_child()
-    try:
-        while spare and len(request := control.recv(8)) == 8:  # in a child `spare` is 0
-            (pid,) = struct.unpack("q", request)
-            if pid in children:
-                end(pid)
-                children.remove(pid)
-            elif pid == 0:
-                socket.send_fds(control, [struct.pack("q", spare)], [channel])
-                os.close(channel)
-                children.add(spare)
-                spare, channel = fork_child()
-    finally:
-        for pid in (children | {spare}) if os.getpid() == server else ():
-            end(pid)
-    if spare:
-        os._exit(0)  # the server's end; what goes on is a child
-    os.close(control.detach())
-    confine()
-    random.seed(seed)
-    return channel
-
-
-def fork_child() -> tuple[int, int]:
-    """Fork; return the child's pid, in the child itself 0, and this end of the channel between the two."""
-    ours, theirs = [side.detach() for side in socket.socketpair()]  # plain descriptors: less for a child to touch
-    pid = os.fork()
-    os.close(theirs if pid else ours)
-    return pid, ours if pid else theirs
-
-
-def end(pid: int) -> None:
-    """End a child for good."""
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    if value is None or isinstance(value, (int, float)) and abs(value) < LARGEST:  # True and False are ints
+        return value
+    if isinstance(value, str):
+        return value.encode().decode()  # raises for half a surrogate pair, which no file could hold
+    if isinstance(value, (list, tuple)) and nesting:
+        return [plain(item, nesting - 1) for item in value]
+    if isinstance(value, dict) and nesting and all(isinstance(key, str) for key in value):
+        return {plain(key): plain(item, nesting - 1) for key, item in value.items()}
+    raise ValueError(f"{type(value).__name__}: only text, numbers below 1e300, True, False, None, lists and dicts with "
+                     f"text as keys can leave the code, nested at most {NESTING} times")
 
 
 # ---------------------------------------------------------------------------------------------------
-# the life of a child, and data on the pipe (for a second reading)
+# a fork server, and the notebook in each of its children (for a second reading)
 
-MESSAGE_BYTES = 1024 * 1024   # in a message on the pipe
-ACTION_BYTES = 4 * MESSAGE_BYTES  # that an action can send: reading them keeps others waiting
+MESSAGE_BYTES = 1024 * 1024   # in a message on the channel
 PRINTED_CHARACTERS = 20_000   # kept of the output of an action
 ERROR_CHARACTERS = 1_000      # kept of a traceback, half of them at its beginning
-NESTING = 50                  # levels of lists and dicts in plain data
-LARGEST = 10**300             # number in plain data, as which an int can still become a float
 ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of an object, which differs from process to process
 CLOCK_SECONDS = 11_575 * 86_400 + 7 * 3600 + 31 * 60 + 1  # by which clocks differ: decades, and odd in every unit
 
@@ -391,6 +380,43 @@ MODULES = """base64 bisect calendar cmath collections.abc copy ctypes dataclasse
     encodings.latin_1 enum fractions functools gc heapq inspect io itertools json linecache math numbers operator os
     pprint random re resource signal socket statistics string struct sys textwrap time traceback types typing
     unicodedata _strptime __future__""".split()
+
+
+def serve(descriptor: int, seed: int, strong: bool) -> int:
+    """The fork server: sent 0 it replies with a child's pid and the channel to it, sent a pid it ends that child.
+
+    A child is forked before it is asked for, while the parent still works with the one before, and reaped only
+    when it is ended, so that a pid never comes to mean another process. When the control socket is closed the
+    parent is gone, and the server ends with all its children.
+    Only a child returns from here, confined, with its channel: so no frame of this function is above the code it runs.
+    """
+    control, confine, children = socket.socket(fileno=descriptor), make_confine(strong), set()
+    prepare_server(seed)
+    while True:
+        child, channel = fork_child()
+        if child == 0:
+            break
+        children.add(child)
+        while any(request := control.recv(8)):  # a pid: neither 0 nor the end
+            (pid,) = struct.unpack("q", request)
+            children.remove(pid)
+            end(pid)
+        if not request:
+            for pid in children:
+                end(pid)
+            os._exit(0)
+        socket.send_fds(control, [struct.pack("q", child)], [channel])
+        os.close(channel)
+    os.close(control.detach())
+    confine()
+    random.seed(seed)
+    return channel
+
+
+def end(pid: int) -> None:
+    """End a child for good."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def prepare_server(seed: int) -> None:
@@ -514,26 +540,11 @@ def pack(message: dict) -> bytes:
     return line
 
 
-def plain(value: Any, nesting: int = NESTING) -> Any:
-    """Return `value` as plain data, tuples as lists; raises ValueError for all that is not plain data."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return value.encode().decode()  # raises for half a surrogate pair, which no file could hold
-    if isinstance(value, (int, float)) and abs(value) < LARGEST:
-        return value
-    if isinstance(value, (list, tuple)) and nesting:
-        return [plain(item, nesting - 1) for item in value]
-    if isinstance(value, dict) and nesting and all(isinstance(key, str) for key in value):
-        return {plain(key): plain(item, nesting - 1) for key, item in value.items()}
-    raise ValueError(f"{type(value).__name__}: only text, numbers below 1e300, True, False, None, lists and dicts with "
-                     f"text as keys can leave the code, nested at most {NESTING} times")
-
-
 # ---------------------------------------------------------------------------------------------------
-# OUTSIDE: the parent's end of the jail (for a second reading)
+# OUTSIDE: the servers that a jail keeps, and sessions with their children (for a second reading)
 
 TOOL_CALLS = 1_000   # in an action
+ACTION_BYTES = 4 * MESSAGE_BYTES  # that an action can send: reading them keeps others waiting
 REPLIES = 50_000     # that a jail remembers
 REPLY_BYTES = 4_096  # of the longest that it does, with the message before it
 # What differs from child to child: clocks, chance without a seed, numbers of processes, addresses. Of code that names
@@ -553,14 +564,21 @@ class ChildLost(Exception):
 NONSENSE = "the code wrote to a pipe that is not its own"
 
 
-def inside(statement: str) -> list[str]:
-    """Return the command of a process that executes the text INSIDE THE JAIL, with what it imports, and a statement."""
-    imports = (f"import sys; sys.path.remove(''); sys.modules['_datetime'] = None; import {', '.join(MODULES)}; "
-               "from typing import Any, Callable")  # without the datetime in C, which asks the system for the time
-    file = os.path.abspath(__file__)
-    text = f"open({file!r}, encoding='utf-8').read().partition('\\n# INSIDE')[2].partition('\\n# OUTSIDE')[0]"
-    command = f"{imports}; exec('#' + {text})\n{statement}"
-    return [sys.executable, "-s", "-S", "-B", "-c", command]  # not -I, which ignores PYTHONHASHSEED
+@dataclass
+class Outcome:
+    """What running a piece of code brought."""
+
+    printed: str
+    error: str | None  # the traceback's last lines, or a sentence about a timeout or a crash
+    value: Any = None  # what `result` holds, or evaluate returned; of what is no plain data only the "<type>"
+
+
+def observation(outcome: Outcome) -> str:
+    """Return what the model sees of an outcome: what was printed, cut if it is long, and the error."""
+    printed = outcome.printed.strip("\n")
+    if len(printed) > OBSERVATION_CHARACTERS:
+        printed = f"{printed[:OBSERVATION_CHARACTERS]}\n… (cut after {OBSERVATION_CHARACTERS:,} characters)"
+    return "\n".join(filter(None, [printed, outcome.error])) or "(no output: only what the code prints is shown)"
 
 
 class ForkServer:
@@ -575,10 +593,10 @@ class ForkServer:
         self.control, theirs = socket.socketpair()
         self.control.settimeout(10)  # for what takes milliseconds: a server that needs longer is stuck
         with theirs:
-            self.process = subprocess.Popen(
-                inside(f"try: live(serve({theirs.fileno()}, {self.seed}, {self.strong}))\nfinally: os._exit(1)"),
-                env={"PYTHONHASHSEED": str(self.seed)}, cwd="/", pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            self.process = inside(
+                f"try: live(serve({theirs.fileno()}, {self.seed}, {self.strong}))\nfinally: os._exit(1)",
+                env={"PYTHONHASHSEED": str(self.seed)},  # hence not -I, which ignores it
+                pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for the parent, which then closes the control socket
             )
         with contextlib.suppress(OSError), open(f"/proc/{self.process.pid}/oom_score_adj", "w") as badness:
@@ -666,6 +684,7 @@ class Jail(contextlib.AbstractContextManager):
 
     def probe(self) -> dict[str, bool]:
         """Return, for each thing that a child of the jail just tried, whether the system refused it."""
+        self.replies.clear()  # for what is remembered has not been tried just now
         with socket.create_server(("127.0.0.1", 0)) as listener, self.session(None) as session:
             probe = PROBE.format(path=__file__, port=listener.getsockname()[1], parent=os.getpid())
             return session.run(probe).value or {"everything": False}
@@ -773,7 +792,7 @@ class Session(contextlib.AbstractContextManager):
         else:
             if self.channel is None:
                 self.start_child()
-            line = self.exchange(message)
+            line = self.ask(message)
         try:
             data = plain(json.loads(line))
         except (ValueError, RecursionError):
@@ -790,7 +809,7 @@ class Session(contextlib.AbstractContextManager):
         for action in self.untold:  # each has its own time, the last and what is new in it together
             self.begin_action()
             for message, remembered in action:
-                if self.exchange(message) != remembered:
+                if self.ask(message) != remembered:
                     raise ChildLost("the code does not do the same again")
         self.untold.clear()
 
@@ -798,31 +817,16 @@ class Session(contextlib.AbstractContextManager):
         """Give an action its time, and the bytes that it can send."""
         self.deadline, self.bytes_left = time.monotonic() + self.jail.seconds, ACTION_BYTES
 
-    def exchange(self, message: bytes) -> bytes:
-        """Return the line with which the child replies; raises ChildLost if it is late, dead, or floods the pipe."""
-        line = b""
+    def ask(self, message: bytes) -> bytes:
+        """Return the child's reply to a message, as a line; raises ChildLost if there is none in time."""
         try:
-            self.wait_at_most()
-            self.channel.sendall(message)
-            while not line.endswith(b"\n"):
-                self.wait_at_most()
-                piece = self.channel.recv(65_536)
-                line += piece
-                self.bytes_left -= len(piece)
-                if not piece or len(line) > MESSAGE_BYTES or self.bytes_left < 0:
-                    raise ConnectionError("the child has closed the pipe, or floods it")
-            return line
+            line = exchange(self.channel, message, self.deadline, min(MESSAGE_BYTES, self.bytes_left))
         except TimeoutError:
             raise ChildLost(f"the code took longer than {self.jail.seconds:g} seconds") from None
         except OSError:
             raise ChildLost("the code ended or crashed its process, perhaps for lack of memory") from None
-
-    def wait_at_most(self) -> None:
-        """Have the next transfer on the channel raise TimeoutError at the deadline, or raise it if that is past."""
-        seconds = self.deadline - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError
-        self.channel.settimeout(seconds)
+        self.bytes_left -= len(line)
+        return line
 
     def call_tool(self, name: str, arguments: list, keywords: dict, calls: int) -> bytes:
         """Execute a tool call on the environment's state; return its result, or its refusal, as a message."""

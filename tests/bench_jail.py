@@ -88,7 +88,7 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     tasks = [CodeAsTask.from_json(line) for env in ("calculator", "shop")
              for line in (ROOT / "tiny" / f"held_out_{env}.jsonl").read_text().splitlines()]
-    floor = subprocess.Popen(inside(FLOOR), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    floor = inside(FLOOR, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
 
     def floor_seconds() -> float:
         floor.stdin.write(str(options.checks).encode())

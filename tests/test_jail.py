@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from tools import Environment, make_environment, tool
-from verify import CodeAsTask, ForkServer, Jail, JailError, evaluate, judge, observation
+from verify import CodeAsTask, ForkServer, Jail, JailError, evaluate, inside, judge, observation
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the strong jail")
 
@@ -1075,12 +1075,22 @@ def test_for_want_of_memory_a_child_is_ended_before_the_parent(jail):
 
 
 def test_servers_that_keep_ending_are_a_sentence(jail, monkeypatch):
-    monkeypatch.setattr("verify.inside", lambda statement: [sys.executable, "-I", "-S", "-c", "pass"])
+    monkeypatch.setattr("verify.inside", lambda statement, **options: inside("pass", **options))
     jail.servers[0].process.kill()
     with pytest.raises(JailError, match="out of memory or processes"):
         run(jail, "x = 1")
     monkeypatch.undo()
     assert run(jail, "print(1)").printed == "1\n"
+
+
+def test_what_holds_is_tried_out_each_time_it_is_told(monkeypatch):
+    with Jail() as jail:
+        create_server, children, start_child = socket.create_server, [], ForkServer.child
+        with create_server(("127.0.0.1", 0)) as free:
+            address = free.getsockname()
+        monkeypatch.setattr(socket, "create_server", lambda _: create_server(address))  # so that the jail could remember
+        monkeypatch.setattr(ForkServer, "child", lambda server: children.append(server) or start_child(server))
+        assert jail.describe() == jail.describe() and len(children) == 2
 
 
 def test_windows_is_sent_to_wsl(monkeypatch):
