@@ -9,9 +9,9 @@ Departures from the paper, and why:
   answers, and Web Browsing has a solution, too: so all worlds share one format.
 - A step may lack its THOUGHT, and begin with a `<think>` block instead, as some models write.
 - Doing nothing must fail as well: a task that asks for nothing rewards every executor.
-- What the filter would keep is judged once more, and its solution four times more, each time with another random seed
-  and at another date. `evaluate` must leave the state alone: a verdict that depends on chance, or that brings about
-  what it checks, does not count.
+- What the filter would keep is tried five times more, its solution and a failure case, each time with another random
+  seed and at another date. `evaluate` must leave the state alone: a verdict that depends on chance, or that brings
+  about what it checks, does not count.
 - The paper does not say how code is isolated. Here the state stays in this process, and code runs in
   a child that can only compute and talk through one pipe: a tool call goes out as data, and its
   result comes back as data. This process alone makes verdicts of values.
@@ -66,7 +66,7 @@ SOURCE_CHARACTERS = 64 * 1024    # in an instruction or a source
 LINE_CHARACTERS = 1024 * 1024    # in a line of a task file
 ANSWER_CHARACTERS = 4_000        # in a final answer
 OBSERVATION_CHARACTERS = 4_000   # that a model sees of the output of an action
-REPEATS = 4                      # of a solution and its evaluation, before the task is kept
+REPEATS = 5                      # of a solution, a failure case and their evaluations, before the task is kept
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -233,13 +233,14 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 #   SERVERS THAT DIFFER stop verdicts that follow hashes, chance or the date: all have to agree (set_clock, judge).
 
 def inside(statement: str, **options: Any) -> subprocess.Popen:
-    """NOTHING TO FIND stops the theft of secrets: a server is a new program, without environment variables or open files.
+    """NOTHING TO FIND stops the theft of secrets: a server is a new program, with no environment variables, no open files.
 
     It imports what code may need, for a child can open no file, and executes the text from INSIDE to OUTSIDE and the
     statement. Nothing else of the project: with tools.py in its memory, code could compute the hidden states.
     """
-    imports = (f"import sys; sys.path.remove(''); sys.modules['_datetime'] = None; import {', '.join(MODULES)}; "
-               "from typing import Any, Callable")  # without the datetime in C, which asks the system for the time
+    # without the datetime in C, which asks the system for the time, and without OpenSSL, which takes megabytes
+    imports = (f"import sys; sys.path.remove(''); sys.modules.update(_datetime=None, _hashlib=None); "
+               f"import {', '.join(MODULES)}; from typing import Any, Callable")
     file = os.path.abspath(__file__)
     text = f"open({file!r}, encoding='utf-8').read().partition('\\n# INSIDE')[2].partition('\\n# OUTSIDE')[0]"
     command = [sys.executable, "-s", "-S", "-B", "-c", f"{imports}; exec('#' + {text})\n{statement}"]
@@ -277,7 +278,7 @@ LARGEST = 10**300                 # number in plain data, as which an int can st
 
 
 def fork_child() -> tuple[int, int]:
-    """A PROCESS FOR EACH AUTHOR stops patched built-ins and walks through frames and gc: it shares memory with no other.
+    """A PROCESS FOR EACH AUTHOR stops patched built-ins and walks through frames and gc: no memory is shared.
 
     Return the child's pid, in the child itself 0, and this end of the channel between the two.
     """
@@ -373,13 +374,15 @@ MESSAGE_BYTES = 1024 * 1024   # in a message on the channel
 PRINTED_CHARACTERS = 20_000   # kept of the output of an action
 ERROR_CHARACTERS = 1_000      # kept of a traceback, half of them at its beginning
 ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of an object, which differs from process to process
-CLOCK_SECONDS = 11_575 * 86_400 + 7 * 3600 + 31 * 60 + 1  # by which clocks differ: decades, and odd in every unit
+CLOCK_SECONDS = 11_575 * 86_400 + 7 * 3600 + 23 * 60 + 23.37  # by which clocks differ: decades, and odd in every unit
 
-# What code can import: a child cannot open files, so the server imports what a child may need.
-MODULES = """base64 bisect calendar cmath collections.abc copy ctypes dataclasses datetime decimal encodings.ascii
-    encodings.latin_1 enum fractions functools gc heapq inspect io itertools json linecache math numbers operator os
-    pprint random re resource signal socket statistics string struct sys textwrap time traceback types typing
-    unicodedata _strptime __future__""".split()
+# What code can import: a child cannot open files, so the server imports what a child may need. (Not threading and what
+# stands on it, such as logging: what it does after each fork takes a quarter of the time of a fork.)
+MODULES = """abc array ast base64 bisect calendar cmath codecs collections.abc contextlib copy csv ctypes dataclasses datetime
+    decimal difflib encodings.ascii encodings.latin_1 encodings.rot_13 enum fractions functools gc hashlib heapq
+    inspect io itertools json linecache math numbers operator os pprint random re resource secrets signal socket
+    statistics string struct sys textwrap time traceback types typing unicodedata uuid warnings weakref _strptime
+    __future__""".split()
 
 
 def serve(descriptor: int, seed: int, strong: bool) -> int:
@@ -391,6 +394,7 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
     Only a child returns from here, confined, with its channel: so no frame of this function is above the code it runs.
     """
     control, confine, children = socket.socket(fileno=descriptor), make_confine(strong), set()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or, where a shell has had it ignored, no child waits to be reaped
     prepare_server(seed)
     while True:
         child, channel = fork_child()
@@ -435,15 +439,16 @@ def prepare_server(seed: int) -> None:
     gc.freeze()  # or a collection in a child would touch, and so copy, the server's memory
 
 
-def set_clock(ahead: int) -> None:
+def set_clock(ahead: float) -> None:
     """Let code of this process, and so of its children, see the date and the time of so many seconds ahead."""
-    strftime = time.strftime
-    for name in ("time", "time_ns", "clock_gettime", "clock_gettime_ns"):
-        more = ahead * 10**9 if name.endswith("_ns") else ahead
-        setattr(time, name, lambda *clock, given=getattr(time, name), more=more: given(*clock) + more)
+    strftime, asctime = time.strftime, time.asctime
+    for name in ("time", "clock_gettime", "monotonic", "perf_counter"):
+        for unit, more in (("", ahead), ("_ns", int(ahead * 10**9))):
+            setattr(time, name + unit, lambda *clock, given=getattr(time, name + unit), more=more: given(*clock) + more)
     for name in ("localtime", "gmtime", "ctime"):
         setattr(time, name, lambda when=None, given=getattr(time, name): given(time.time() if when is None else when))
     time.strftime = lambda pattern, when=None: strftime(pattern, when or time.localtime())
+    time.asctime = lambda when=None: asctime(when or time.localtime())
 
 
 def live(channel: int) -> None:
@@ -456,7 +461,8 @@ def live(channel: int) -> None:
         sys.stdout = sys.stderr = printed = Printed()
         file, error, value = f"<action {number}>", None, None
         try:
-            linecache.cache[file] = (0, None, re.split("\r\n?|\n", request["code"]), file)  # for tracebacks
+            lines = [line + "\n" for line in re.split("\r\n?|\n", request["code"])]
+            linecache.cache[file] = (0, None, lines, file)  # for tracebacks
             exec(compile(request["code"], file, "exec", dont_inherit=True), variables)
             arguments = request["arguments"]
             value = variables.get("result") if arguments is None else call_evaluate(variables, arguments)
@@ -467,7 +473,7 @@ def live(channel: int) -> None:
         try:
             send(channel, plain(reply | {"value": value}))
         except BaseException:  # it is no plain data, or too much of it
-            send(channel, reply | {"value": f"<{type(value).__name__}>"})
+            send(channel, reply | {"value": f"<{type(value).__name__}: not JSON, or too long>"})
 
 
 def call_evaluate(variables: dict, arguments: list) -> Any:
@@ -498,8 +504,9 @@ def explain(failure: BaseException) -> str:
     lines = [f"{frame.filename}, line {frame.lineno}: {frame.line}\n" for frame in frames[-3:]]
     text = "".join(lines + traceback.format_exception_only(failure)).strip()
     text += f" (of {MEMORY_BYTES // 2**20} MB)" if isinstance(failure, MemoryError) else ""
+    text += " (only parts of the standard library are here)" if isinstance(failure, ModuleNotFoundError) else ""
     if len(text) > ERROR_CHARACTERS:
-        text = f"{text[:ERROR_CHARACTERS // 2]} … {text[-ERROR_CHARACTERS // 2:]}"
+        text = f"{text[:ERROR_CHARACTERS // 2]} … {text[3 - ERROR_CHARACTERS // 2:]}"
     return text.encode(errors="replace").decode()
 
 
@@ -550,7 +557,7 @@ REPLY_BYTES = 4_096  # of the longest that it does, with the message before it
 # What differs from child to child: clocks, chance without a seed, numbers of processes, addresses. Of code that names
 # one of these, and of all that follows it, a jail remembers no reply.
 UNFORESEEN = re.compile(
-    r"time|getrusage|urandom|getrandom|Random\(|seed\(\s*(None)?\s*\)|getpid|native_id|\b(id|hash)\(")
+    r"time|getrusage|urandom|getrandom|Random\b|seed\(\s*(a\s*=\s*)?(None)?\s*\)|secrets|uuid|getpid|native_id|\b(id|hash)\(")
 
 
 class JailError(RuntimeError):
@@ -570,7 +577,7 @@ class Outcome:
 
     printed: str
     error: str | None  # the traceback's last lines, or a sentence about a timeout or a crash
-    value: Any = None  # what `result` holds, or evaluate returned; of what is no plain data only the "<type>"
+    value: Any = None  # what `result` holds, or evaluate returned; else "<type: not JSON, or too long>"
 
 
 def observation(outcome: Outcome) -> str:
@@ -660,12 +667,13 @@ class Jail(contextlib.AbstractContextManager):
         self.seconds, self.replies = seconds, {}  # of children, by all that they had been sent until then
         known = sys.platform == "linux" and os.uname().machine in MACHINES
         for self.strong in [True] * known + [False] * allow_weak:
-            self.servers = [ForkServer(seed, self.strong) for seed in range(1, 3 + REPEATS)]  # all that judge asks
+            self.servers = [ForkServer(seed, self.strong) for seed in range(1, 2 + REPEATS)]  # all that judge asks
             if all(self.probe().values()) or not self.strong:
                 return
             self.close()
-        raise JailError("this system does not filter system calls, so model-written code could read your files "
-                        "and use your network; the flag --allow-weak-jail runs it all the same")
+        raise JailError("this system does not filter system calls (or is too busy, or too limited by ulimit, to try it "
+                        "out), so model-written code could read your files and use your network; the flag "
+                        "--allow-weak-jail runs it all the same")
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
@@ -776,9 +784,9 @@ class Session(contextlib.AbstractContextManager):
                 case {"tool": str(name), "arguments": list(arguments), "keywords": dict(keywords)}:
                     message = self.call_tool(name, arguments, keywords, calls)
                 case {"printed": str(printed), "error": str(error), "value": _}:
-                    return Outcome(printed, error)
+                    return Outcome(printed[:PRINTED_CHARACTERS], error[:ERROR_CHARACTERS] or NONSENSE)
                 case {"printed": str(printed), "error": None, "value": value}:
-                    return Outcome(printed, None, value)
+                    return Outcome(printed[:PRINTED_CHARACTERS], None, value)
                 case _:
                     raise ChildLost(NONSENSE)
 
@@ -849,7 +857,7 @@ class Session(contextlib.AbstractContextManager):
 #
 # Each function stands on those before it: evaluate gives a verdict on a state and an answer; what_is_left runs code
 # that must not break, and accepts asks for a verdict that must not; check does so for all parts of a task, on one
-# server; judge is the filter, which checks on two servers and tries the solution on the others. (verdict_on, which the
+# server; judge is the filter, which checks on one server and tries a part on each of the others. (verdict_on, which the
 # next scripts ask, hands a benchmark's task to the benchmark's own rules.)
 #
 # The example: what the challenger hands in first, and what `judge` says of it.
@@ -861,8 +869,8 @@ class Session(contextlib.AbstractContextManager):
 # That is the challenger's next observation, upon which it mends two parts, and the task is kept:
 #   instruction  Take the amount of tea, multiply by 3, then multiply by 9.
 #   evaluate     def evaluate(answer): return answer == multiply(multiply(amount("tea"), 3), 9)
-#   judgement    378 passes; 42, 126, 14 and None (doing nothing) do not; on a second server the same; 378 passes on
-#                four others: stage "ok"
+#   judgement    378 passes; 42, 126, 14 and None (doing nothing) do not; on five other servers 378 passes, and one of
+#                42, 126 and 14 does not: stage "ok"
 
 @dataclass
 class Verdict:
@@ -942,6 +950,11 @@ def accepts(jail: Jail, task: CodeAsTask, replica: int, what: str, environment: 
     return verdict.passed
 
 
+def passes(jail: Jail, task: CodeAsTask, replica: int, what: str, code: str) -> bool:
+    """Return whether the evaluation accepts what code leaves of a fresh state; raises TaskError if either breaks."""
+    return accepts(jail, task, replica, what, *what_is_left(jail, task, replica, what, code))
+
+
 def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
     """Raise TaskError unless all code runs, the solution passes, and neither a failure case nor doing nothing does.
 
@@ -962,7 +975,7 @@ def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
         if solved and accepts(jail, task, replica, what, *state_and_answer):
             passing.append(what)
     if not solved:
-        # None, "<set>", or text that is taken for a number
+        # None, no JSON, or text that is taken for a number
         surprise = environment.judged_by_answer and not isinstance(answer, (int, float))
         given = f":\nits answer arrives as {as_answer(answer)!r:.200}" if surprise else ""
         raise TaskError("solution", f"the example solution does not pass the evaluation{given}")
@@ -976,19 +989,21 @@ def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
 def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
     """Return the filter's judgement (section 3 of the paper) of a task, or of a line of JSON that should hold one.
 
-    What is to be kept is checked once more, and its solution run and evaluated REPEATS times more, each time by another
-    server: what depends on chance, the date or a process is no task.
+    What is to be kept is tried REPEATS times more, its solution and one failure case after the other, each time by
+    another server: what depends on chance, the date or a process is no task.
     """
     start, again = time.monotonic(), ""
     try:
         task = CodeAsTask.from_json(task) if isinstance(task, str) else task
         check_form(task)
         check(jail, task, replica=0)
-        again, what = "when it was tried again, ", "the example solution"
-        check(jail, task, replica=1)
-        for replica in range(2, 2 + REPEATS):
-            if not accepts(jail, task, replica, what, *what_is_left(jail, task, replica, what, task.solution)):
+        again = "when it was tried again, "
+        for replica in range(1, 1 + REPEATS):
+            if not passes(jail, task, replica, what := "the example solution", task.solution):
                 raise TaskError("solution", f"{what} does not pass the evaluation every time")
+            number = (replica - 1) % len(task.failures)
+            if passes(jail, task, replica, what := f"failure case {number + 1}", task.failures[number]):
+                raise TaskError("failures", f"{what} passes the evaluation, but must fail it every time")
     except TaskError as rejection:
         return Judgement(False, rejection.stage, again + rejection.reason, time.monotonic() - start)
     return Judgement(True, "ok", "", time.monotonic() - start)

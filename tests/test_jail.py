@@ -157,7 +157,15 @@ def test_an_error_names_the_line_and_shows_no_path_of_the_host(jail):
 def test_a_long_error_keeps_its_beginning_and_its_end(jail):
     error = run(jail, "numbers = list(range(10_000))\nfloat(str(numbers))").error
     assert error.startswith("<action 1>, line 2: float(str(numbers))\nValueError: could not convert string to float: '[0, 1")
-    assert " … " in error and error.endswith("9998, 9999]'") and len(error) < 1_100
+    assert " … " in error and error.endswith("9998, 9999]'") and len(error) == 1_000
+
+
+def test_a_forged_outcome_is_not_longer_than_an_honest_one(jail):
+    forge = "import sys\nsys._getframe().f_back.f_globals['{}'] = lambda *_: {}\n1 / 0"
+    assert run(jail, forge.format("explain", "'x' * 900_000")).error == "x" * 1_000
+    assert "not its own" in run(jail, forge.format("explain", "''")).error  # or the action would seem to have gone well
+    printed = "import sys\nsys._getframe().f_back.f_locals['printed'].getvalue = lambda: 'x' * 900_000"
+    assert len(run(jail, printed).printed) == 20_000
 
 
 def test_common_modules_import_and_others_say_that_they_are_missing(jail):
@@ -165,7 +173,15 @@ def test_common_modules_import_and_others_say_that_they_are_missing(jail):
     assert run(jail, f"import {names}\nfrom dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\nP(1)").error is None
     assert run(jail, "from __future__ import annotations\ndef f(x: Later): return x").error is None
     assert run(jail, "import datetime\nprint(datetime.datetime.strptime('2024', '%Y').year)").printed == "2024\n"
-    assert run(jail, "import numpy").error.endswith("ModuleNotFoundError: No module named 'numpy'")
+    assert run(jail, "import csv, difflib, hashlib, secrets, uuid\nprint(hashlib.md5(b'').hexdigest()[:4])").printed == "d41d\n"
+    assert run(jail, "import codecs\nprint(codecs.encode('tea', 'rot13'))").printed == "grn\n"
+    missing = run(jail, "import numpy").error
+    assert missing.endswith("ModuleNotFoundError: No module named 'numpy' (only parts of the standard library are here)")
+
+
+def test_code_can_read_its_own_source(jail):
+    code = "import inspect\ndef half(x):\n    return x / 2\nprint(inspect.getsource(half))"
+    assert run(jail, code).printed == "def half(x):\n    return x / 2\n\n"
 
 
 def test_an_observation_shows_output_and_error_and_marks_a_cut(jail):
@@ -191,7 +207,7 @@ i = collections.OrderedDict(x=collections.defaultdict(int, y=1)); j = 'x' * 10**
         assert session.run("result = a").value == [1, [2.5, "ä", None, True]]
         assert session.run("result = i").value == {"x": {"y": 1}}
         assert [session.run(f"result = {name}").value for name in "bcdefghj"] == [
-            "<set>", "<dict>", "<float>", "<int>", "<str>", "<object>", "<list>", "<str>"]
+            f"<{kind}: not JSON, or too long>" for kind in "set dict float int str object list str".split()]
         assert session.run("1 / 0").value is None  # although `result` is still there
         assert session.run("print(g is result, len(j))\nresult = j").printed == "False 10000000\n"
 
@@ -846,11 +862,14 @@ def test_what_two_servers_agree_on_by_chance_four_others_may_not(jail):
     "datetime.date.today().toordinal() % 2 == {day} % 2", "datetime.date.today().year >= 2024", "datetime.datetime.now().timestamp() < 4e9", "time.time() > 1.7e9",
     "int(time.time()) // 86_400 == {day}", "time.localtime().tm_year == {year}", "time.gmtime()[0] == {year}",
     "time.clock_gettime(time.CLOCK_REALTIME) // 86_400 == {day}", "time.clock_gettime_ns(time.CLOCK_REALTIME) // 86_400_000_000_000 == {day}",
-    "time.strftime('%Y') == '{year}'", "time.ctime().endswith('{year}')",
+    "time.strftime('%Y') == '{year}'", "time.ctime().endswith('{year}')", "time.asctime().endswith('{year}')",
+    "abs(time.monotonic() - {monotonic}) < 1000", "abs(time.perf_counter_ns() - {monotonic} * 10**9) < 10**12",
+    "(datetime.datetime.now().second - {second} + 2) % 60 < 30",
 ])
 def test_an_evaluation_that_follows_the_date_is_rejected(jail, holds):
     day = int(time.time()) // 86_400
-    holds = holds.format(day=datetime.date.today().toordinal() if "toordinal" in holds else day, year=time.gmtime().tm_year)
+    holds = holds.format(day=datetime.date.today().toordinal() if "toordinal" in holds else day, year=time.gmtime().tm_year,
+                         monotonic=int(time.monotonic()), second=time.gmtime().tm_sec)
     evaluation = f"import datetime, time\ndef evaluate(answer): return answer == 1 and {holds}"
     assert says(jail, evaluation) == [True]  # on one server it looks like a function
     assert "when it was tried again" in judge(jail, task_with(evaluation)).reason
@@ -964,7 +983,9 @@ def test_a_session_that_has_a_child_asks_no_memory():
 
 @pytest.mark.parametrize("look", ["import time; seen = time.time_ns()", "import os; seen = os.urandom(8)", "import os; seen = os.getpid()",
                                   "import _thread; seen = _thread.get_native_id()", "seen = hash(object())", "import random; seen = random.Random().random()",
-                                  "import random; random.seed( ); seen = random.random()", "import random; seen = random.SystemRandom().random()"])
+                                  "import random; random.seed( ); seen = random.random()", "import random; random.seed(a=None); seen = random.random()",
+                                  "import random as r; draw = r.Random; seen = draw().random()", "import uuid; seen = str(uuid.uuid4())",
+                                  "import secrets; seen = secrets.token_hex()", "import random; seen = random.SystemRandom().random()"])
 def test_code_that_looks_at_what_nobody_foresees_is_as_in_a_notebook(look):
     with Jail() as jail:
         printed = []
@@ -1081,6 +1102,20 @@ def test_servers_that_keep_ending_are_a_sentence(jail, monkeypatch):
         run(jail, "x = 1")
     monkeypatch.undo()
     assert run(jail, "print(1)").printed == "1\n"
+
+
+def test_a_server_reaps_its_children_also_where_a_shell_has_their_end_ignored():
+    code = """if True:
+        import signal
+        from verify import Jail
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # processes inherit that
+        with Jail() as jail:
+            server = jail.servers[0].process
+            for _ in range(5):
+                with jail.session(None) as session:
+                    session.run("x = 1")
+            assert jail.servers[0].process is server and server.poll() is None"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True).stderr == ""
 
 
 def test_what_holds_is_tried_out_each_time_it_is_told(monkeypatch):

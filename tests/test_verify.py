@@ -246,7 +246,7 @@ REJECTED = {
     "solution solves nothing": (change(SHOP, solution="print('done')"), "solution", "example solution does not pass"),
     "solution gives the wrong answer": (change(CALCULATOR, solution="result = -1"), "solution", "pass the evaluation"),
     "solution gives no answer": (change(CALCULATOR, solution="print(1)"), "solution", "the evaluation:\nits answer arrives as None"),
-    "solution gives a set": (change(CALCULATOR, solution="result = {5}"), "solution", "its answer arrives as '<set>'"),
+    "solution gives a set": (change(CALCULATOR, solution="result = {5}"), "solution", "its answer arrives as '<set: not JSON, or too long>'"),
     "solution gives digits": (change(CALCULATOR, solution="result = '007.0'"), "solution", "arrives as '007.0'"),
     "a failure case passes": (change(SHOP, failures=SHOP.failures[:1] + [SHOP.solution] + SHOP.failures[1:]), "failures",
                               "failure case 2 passes"),
@@ -296,8 +296,8 @@ def test_a_verdict_that_flips_by_a_chance_that_has_no_seed_is_rejected(jail, cha
 
 
 def test_the_evaluation_is_repeated_in_children_that_are_not_remembered(jail, monkeypatch):
-    """An evaluation that passes three times and then never again: what is judged twice alone is kept."""
-    replies, what_is_left = iter([True, False, False, False, False] * 2 + [True, False]), verify.what_is_left
+    """An evaluation that passes three times and then never again: what is judged three times alone is kept."""
+    replies, what_is_left = iter([True, False, False, False, False, True, False, True, False, False]), verify.what_is_left
     seen, solved = [], []
 
     def recorded(jail, task, replica, what, code):
@@ -311,8 +311,25 @@ def test_the_evaluation_is_repeated_in_children_that_are_not_remembered(jail, mo
     monkeypatch.setattr(verify, "what_is_left", recorded)
     judgement = judge(jail, CALCULATOR)
     assert judgement.stage == "solution" and "every time" in judgement.reason
-    assert seen == [0] * 5 + [1] * 5 + [2, 3]  # two whole checks, then evaluations of replicas of their own ...
-    assert solved == [0] * 4 + [1] * 4 + [2, 3]  # ... after solutions of such
+    assert seen == [0] * 5 + [1, 1, 2, 2, 3]  # a whole check, then a solution and a failure case of each replica ...
+    assert solved == [0] * 4 + [1, 1, 2, 2, 3]  # ... from fresh states
+
+
+@pytest.mark.parametrize("replica", range(1, 6))
+def test_an_evaluation_that_accepts_anything_on_one_server_alone_is_rejected(jail, replica):
+    """The executor's answers are judged on all of them."""
+    here = f"hash('tea') == {hash_of(jail, replica)}"
+    judgement = judge(jail, change(CALCULATOR, evaluate=f"{CALCULATOR.evaluate.rstrip()} or {here}"))
+    assert judgement.stage == "failures" and judgement.reason.startswith("when it was tried again, failure case")
+
+
+def test_each_failure_case_is_tried_again(jail):
+    """A failure case that gives the right answer on all servers but the first, whichever it is."""
+    for number in range(3):
+        failures = list(CALCULATOR.failures)
+        failures[number] = f"{CALCULATOR.solution}\nif hash('tea') == {hash_of(jail, 0)}: result = -1"
+        judgement = judge(jail, change(CALCULATOR, failures=failures))
+        assert judgement.stage == "failures" and f"failure case {number + 1} passes" in judgement.reason
 
 
 def test_the_longest_evaluation_that_is_allowed_is_judged_like_any_other(jail):
