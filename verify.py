@@ -353,7 +353,7 @@ def seccomp_program() -> bytes:
 def plain(value: Any, nesting: int = NESTING) -> Any:
     """DATA ON A PIPE stops printed success, exit codes and objects that equal everything: none of them is True.
 
-    Return `value` as plain data, tuples as lists; raises ValueError for all that is not plain data.
+    Return `value` as plain data, tuples as lists; raises ValueError for all else. Both ends of the pipe ask this.
     """
     if value is None or isinstance(value, (int, float)) and abs(value) < LARGEST:  # True and False are ints
         return value
