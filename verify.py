@@ -5,8 +5,8 @@ function, an example solution and failure cases. The filter keeps a task only if
 runs, the solution passes the evaluation, and no failure case does.
 
 Departures from the paper, and why:
-- `evaluate(answer)` replaces `<expected_output>`, failure cases are code that leaves a wrong answer instead of wrong
-  answers, and Web Browsing has a solution, too: so all worlds share one format.
+- `evaluate(answer)` replaces `<expected_output>`, a failure case is code, where the paper has a wrong answer, and Web
+  Browsing has a solution, too: so all worlds share one format.
 - A step may lack its THOUGHT, and begin with a `<think>` block instead, as some models write.
 - Doing nothing must fail as well: a task that asks for nothing rewards every executor.
 - What the filter would keep is tried five times more, its solution and a failure case, each time with another random
@@ -144,7 +144,7 @@ def check_form(task: CodeAsTask) -> None:
 
 
 def text_problem(text: Any) -> str | None:
-    """Return what makes an instruction or source unfit, or None. Only a child parses it, for that can crash Python."""
+    """Return what makes an instruction or source unfit, or None. A child alone parses it: that can crash Python."""
     if not isinstance(text, str) or not text.strip():
         return "is empty or not text"
     if len(text) > SOURCE_CHARACTERS:
@@ -175,12 +175,13 @@ class Step:
 def parse_step(text: str) -> Step:
     """Return the step in a model's text, whose thought may be missing; raises FormatError, with REMINDER, otherwise.
 
-    A `<think>` block at the beginning, as some models write it, does not count. Only what the text then begins with,
-    save for white space, is a thought, and neither `ACTION:` nor `ANSWER:` within it is one yet, not even if the
-    thought never ends. All between `ACTION:` and the next `END ACTION` is code, and all between `ANSWER:` and the next
-    `END ANSWER` the answer, whatever they speak of; `REACTION:` is no `ACTION:`. Other words may stand before and after
-    the one action or answer, but no second one, not even an unfinished one. A thought and an answer may be empty; an
-    action, without its indentation and fence (`strip_fence`), may not. No part has white space around it.
+    A `<think>` block at the beginning, as some models write it, does not count. If the text then begins with
+    `THOUGHT:`, save for white space, all up to `END THOUGHT` is the thought, and neither `ACTION:` nor `ANSWER:` within
+    it is one yet, not even if the thought never ends. All between `ACTION:` and the next `END ACTION` is code, and all
+    between `ANSWER:` and the next `END ANSWER` the answer, whatever they speak of; `REACTION:` is no `ACTION:`. Other
+    words may stand before and after the one action or answer, but no second one, not even an unfinished one. A thought
+    and an answer may be empty; an action, without its indentation and fence (`strip_fence`), may not. No part has white
+    space around it.
     """
     text = re.sub(r"^\s*<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
     ### BEGIN SOLUTION
@@ -200,7 +201,7 @@ def parse_step(text: str) -> Step:
 
 
 def strip_fence(code: str) -> str:
-    """Return code without the indentation and the Markdown fences that models put around it."""
+    """Return code without the indentation and the Markdown fences that models put around it, on lines of their own."""
     while code.lstrip().startswith("```"):
         code = "\n" + code.lstrip().partition("\n")[2].rstrip().removesuffix("```")
     # Code that begins on the line of its tag has no indentation in common.
@@ -212,7 +213,7 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
     parts = {}
     for tag in ("instruction", "evaluation_function", "solution", "failure_case"):
         closing = f"</{tag}>"
-        parts[tag] = [part.partition(closing)[0] for part in text.split(f"<{tag}>") if closing in part]
+        parts[tag] = [part.partition(closing)[0] for part in text.split(f"<{tag}>")[1:] if closing in part]
         if not parts[tag] or len(parts[tag]) > 1 and tag != "failure_case":
             times = f"{len(parts[tag])} times instead of once"
             raise TaskError("parse", f"<{tag}>…{closing} stands in the answer {times}")
@@ -225,25 +226,29 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 # ---------------------------------------------------------------------------------------------------
 # THE JAIL: what holds code that a model wrote, in two pages
 #
-# A fork server, a program of its own, forks and confines a child for each author of code, which is sent the code as a
-# line of JSON. Where that calls a tool, the call comes back as data, is executed on the episode's state, and its result
-# is sent down; at last come what was printed, and a value or an error. Of that, as data, `evaluate` makes the verdict,
-# and the child is killed. Each layer below says first what it stops. Two more are in the chapters that follow:
-#   STATE OUTSIDE stops reading and changing the world other than by its tools: a child has stubs (call_tool, twice).
-#   SERVERS THAT DIFFER stop verdicts that follow hashes, chance or the date: all have to agree (set_clock, judge).
+# A solution, a failure case, an evaluation, an executor's episode: each author of code has a child of its own, which a
+# fork server, a program of its own, has forked and confined. The child is sent code as a line of JSON. Where that calls
+# a tool, the call comes back as data, is executed here on the episode's state, and its result is sent down; at last
+# come what was printed, and a value or an error, of which this process alone makes a verdict (`evaluate`, below).
+#   at first     Jail, ForkServer.start, start_program; in the server serve, fork_child; in the child confine, live
+#   an action    Session.run, converse, ask, exchange
+#   at last      Session.close; in the server end, which kills the child
+# Each layer says first what it stops. Two are in the chapters that follow:
+#   STATE OUTSIDE stops reading and changing the world other than by its tools: a child has stubs (call_tool, execute).
+#   SERVERS THAT DIFFER stop verdicts that follow hashes, chance or the date: they must agree (start, set_clock, judge).
 
-def inside(statement: str, **options: Any) -> subprocess.Popen:
-    """NOTHING TO FIND stops the theft of secrets: a server is a new program, with no environment variables, no open files.
+def start_program(statement: str, **options: Any) -> subprocess.Popen:
+    """NOTHING TO FIND stops the theft of secrets: a server is a new program, with no environment and no open files.
 
     It imports what code may need, for a child can open no file, and executes the text from INSIDE to OUTSIDE and the
     statement. Nothing else of the project: with tools.py in its memory, code could compute the hidden states.
     """
-    # without the datetime in C, which asks the system for the time, and without OpenSSL, which takes megabytes
+    # without the datetime in C, which would not ask set_clock for the time, and without OpenSSL, which takes megabytes
     imports = (f"import sys; sys.path.remove(''); sys.modules.update(_datetime=None, _hashlib=None); "
                f"import {', '.join(MODULES)}; from typing import Any, Callable")
     file = os.path.abspath(__file__)
-    text = f"open({file!r}, encoding='utf-8').read().partition('\\n# INSIDE')[2].partition('\\n# OUTSIDE')[0]"
-    command = [sys.executable, "-s", "-S", "-B", "-c", f"{imports}; exec('#' + {text})\n{statement}"]
+    text = f"open({file!r}, encoding='utf-8').read().partition('\\n# INSIDE\\n')[2].partition('\\n# OUTSIDE')[0]"
+    command = [sys.executable, "-S", "-B", "-c", f"{imports}; exec({text})\n{statement}"]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     return subprocess.Popen(command, **streams | {"env": {}, "cwd": "/"} | options)
 
@@ -252,7 +257,7 @@ def exchange(channel: socket.socket, message: bytes, deadline: float, most: int)
     """A DEADLINE, THEN A KILL stops endless loops, sleeps, and calls in C that nothing else interrupts; A CAP, floods.
 
     Return the line of at most so many bytes with which a child replies; raises TimeoutError at the deadline (of
-    time.monotonic), and another OSError if the child is dead or floods the channel. Whoever asked has it killed then.
+    time.monotonic), and another OSError if the child is dead or floods the channel. With its session the child ends.
     """
     def in_time(transfer: Callable, what: Any) -> Any:
         if (seconds := deadline - time.monotonic()) <= 0:
@@ -269,7 +274,8 @@ def exchange(channel: socket.socket, message: bytes, deadline: float, most: int)
     return line
 
 
-# INSIDE: what a server executes, as far as OUTSIDE
+# INSIDE
+# (the servers and their children execute the text from here to OUTSIDE; `plain` works at both ends)
 
 MEMORY_BYTES = 256 * 1024 * 1024  # of address space in a child
 PROCESSOR_SECONDS = 60            # in the life of a child
@@ -291,8 +297,8 @@ def fork_child() -> tuple[int, int]:
 def make_confine(strong: bool) -> Callable[[], None]:
     """LIMITS stop what eats the memory, fills the disk, or computes on after its reply.
 
-    What is returned is called in a child, which then gives up all that it does not need, for good. What can be prepared
-    is prepared here, because each page of memory that a child touches costs a copy.
+    Return the function by which a child, before all else, gives up what it does not need, for good: limits, and the
+    filter (of a `strong` jail). It finds all prepared, for each page of memory that a child touches costs a copy.
     """
     import resource  # here, because this file must get as far as saying that Windows cannot have the jail
     linux, server = sys.platform == "linux", os.getpid()
@@ -335,7 +341,7 @@ MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # the column
 
 
 def seccomp_program() -> bytes:
-    """A FILTER OF SYSTEM CALLS stops all use of files, network, processes and signals: the kernel refuses the rest.
+    """A FILTER OF SYSTEM CALLS stops all use of files, network, processes and signals: the kernel refuses them.
 
     Return it in the kernel's BPF: SYSTEM_CALLS are allowed, others fail, those of another machine kill.
     """
@@ -345,15 +351,14 @@ def seccomp_program() -> bytes:
     program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
     for numbers in SYSTEM_CALLS.values():
         program += [(equal, 0, 1, numbers[column]), (give, 0, 0, allow)]  # if unequal, skip 1
-    program += [(equal, 0, 1, 435), (give, 0, 0, error | 38)]  # clone3: ENOSYS, upon which libc tries clone
-    program += [(give, 0, 0, error | 1)]                       # EPERM, which Python raises as PermissionError
+    program += [(give, 0, 0, error | 1)]  # EPERM, which Python raises as PermissionError
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
 def plain(value: Any, nesting: int = NESTING) -> Any:
-    """DATA ON A PIPE stops printed success, exit codes and objects that equal everything: none of them is True.
+    """DATA ON A CHANNEL stops printed success, exit codes and objects that equal everything: none of them is True.
 
-    Return `value` as plain data, tuples as lists; raises ValueError for all else. Both ends of the pipe ask this.
+    Return `value` as plain data, tuples as lists; raises ValueError for all else. Both ends of the channel do it.
     """
     if value is None or isinstance(value, (int, float)) and abs(value) < LARGEST:  # True and False are ints
         return value
@@ -374,15 +379,15 @@ MESSAGE_BYTES = 1024 * 1024   # in a message on the channel
 PRINTED_CHARACTERS = 20_000   # kept of the output of an action
 ERROR_CHARACTERS = 1_000      # kept of a traceback, half of them at its beginning
 ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of an object, which differs from process to process
-CLOCK_SECONDS = 11_575 * 86_400 + 7 * 3600 + 23 * 60 + 23.37  # by which clocks differ: decades, and odd in every unit
+CLOCK_SECONDS = 11_575 * 86_400 + 7 * 3600 + 23 * 60 + 23.37  # by which, or a multiple, the servers' clocks differ
 
 # What code can import: a child cannot open files, so the server imports what a child may need. (Not threading and what
 # stands on it, such as logging: what it does after each fork takes a quarter of the time of a fork.)
-MODULES = """abc array ast base64 bisect calendar cmath codecs collections.abc contextlib copy csv ctypes dataclasses datetime
-    decimal difflib encodings.ascii encodings.latin_1 encodings.rot_13 enum fractions functools gc hashlib heapq
-    inspect io itertools json linecache math numbers operator os pprint random re resource secrets signal socket
-    statistics string struct sys textwrap time traceback types typing unicodedata uuid warnings weakref _strptime
-    __future__""".split()
+MODULES = """abc array ast base64 bisect calendar cmath codecs collections.abc contextlib copy csv ctypes
+    dataclasses datetime decimal difflib encodings.ascii encodings.latin_1 encodings.rot_13 enum fractions functools
+    gc hashlib heapq inspect io itertools json linecache math numbers operator os pprint random re resource secrets
+    signal socket statistics string struct sys textwrap time traceback types typing unicodedata uuid warnings
+    weakref _strptime __future__""".split()
 
 
 def serve(descriptor: int, seed: int, strong: bool) -> int:
@@ -440,7 +445,10 @@ def prepare_server(seed: int) -> None:
 
 
 def set_clock(ahead: float) -> None:
-    """Let code of this process, and so of its children, see the date and the time of so many seconds ahead."""
+    """Let code of this process, and so of its children, see the date and the time of so many seconds ahead.
+
+    (Unless it asks the system itself, through ctypes.)
+    """
     strftime, asctime = time.strftime, time.asctime
     for name in ("time", "clock_gettime", "monotonic", "perf_counter"):
         for unit, more in (("", ahead), ("_ns", int(ahead * 10**9))):
@@ -553,11 +561,11 @@ def pack(message: dict) -> bytes:
 TOOL_CALLS = 1_000   # in an action
 ACTION_BYTES = 4 * MESSAGE_BYTES  # that an action can send: reading them keeps others waiting
 REPLIES = 50_000     # that a jail remembers
-REPLY_BYTES = 4_096  # of the longest that it does, with the message before it
+REPLY_BYTES = 4_096  # of the longest, together with the message that it answers
 # What differs from child to child: clocks, chance without a seed, numbers of processes, addresses. Of code that names
-# one of these, and of all that follows it, a jail remembers no reply.
-UNFORESEEN = re.compile(
-    r"time|getrusage|urandom|getrandom|Random\b|seed\(\s*(a\s*=\s*)?(None)?\s*\)|secrets|uuid|getpid|native_id|\b(id|hash)\(")
+# one of these, and of all that follows it, a jail finds no reply again.
+UNFORESEEN = re.compile(r"time|getrusage|urandom|getrandom|Random\b|seed\(\s*(a\s*=\s*)?(None)?\s*\)|secrets|uuid|"
+                        r"getpid|native_id|\b(id|hash)\(")
 
 
 class JailError(RuntimeError):
@@ -600,9 +608,9 @@ class ForkServer:
         self.control, theirs = socket.socketpair()
         self.control.settimeout(10)  # for what takes milliseconds: a server that needs longer is stuck
         with theirs:
-            self.process = inside(
+            self.process = start_program(
                 f"try: live(serve({theirs.fileno()}, {self.seed}, {self.strong}))\nfinally: os._exit(1)",
-                env={"PYTHONHASHSEED": str(self.seed)},  # hence not -I, which ignores it
+                env={"PYTHONHASHSEED": str(self.seed)},  # hence not -I, which ignores it; prepare_server clears it
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for the parent, which then closes the control socket
             )
@@ -776,13 +784,14 @@ class Session(contextlib.AbstractContextManager):
     def converse(self, message: bytes) -> Outcome:
         """Send a request, then the result of each tool call that is the reply; return the outcome that is the last."""
         self.actions += 1
-        self.begin_action()
-        if self.channel is None:
+        if self.channel is not None:
+            self.begin_action()
+        else:
             self.untold.append([])  # this action's; should it need a child, its time begins with that: start_child
         for calls in itertools.count(1):
             match self.reply(message):
                 case {"tool": str(name), "arguments": list(arguments), "keywords": dict(keywords)}:
-                    message = self.call_tool(name, arguments, keywords, calls)
+                    message = self.execute(name, arguments, keywords, calls)
                 case {"printed": str(printed), "error": str(error), "value": _}:
                     return Outcome(printed[:PRINTED_CHARACTERS], error[:ERROR_CHARACTERS] or NONSENSE)
                 case {"printed": str(printed), "error": None, "value": value}:
@@ -832,11 +841,12 @@ class Session(contextlib.AbstractContextManager):
         except TimeoutError:
             raise ChildLost(f"the code took longer than {self.jail.seconds:g} seconds") from None
         except OSError:
-            raise ChildLost("the code ended or crashed its process, perhaps for lack of memory") from None
+            raise ChildLost("the code ended or crashed its process, perhaps for lack of memory, or sent "
+                            "too much") from None
         self.bytes_left -= len(line)
         return line
 
-    def call_tool(self, name: str, arguments: list, keywords: dict, calls: int) -> bytes:
+    def execute(self, name: str, arguments: list, keywords: dict, calls: int) -> bytes:
         """Execute a tool call on the environment's state; return its result, or its refusal, as a message."""
         try:
             if self.environment is None or calls > TOOL_CALLS:
@@ -893,7 +903,7 @@ class Judgement:
 def as_answer(value: Any) -> Any:
     """Return a final answer as data: text that is JSON, or True, False or None, becomes what it says: "36" is 36.
 
-    Other text is stripped and cut to ANSWER_CHARACTERS; what is no text stays as it is.
+    Text is stripped and cut to ANSWER_CHARACTERS before that; what is no text stays as it is.
     """
     if not isinstance(value, str):
         return value
@@ -908,16 +918,17 @@ def as_answer(value: Any) -> Any:
 def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any, replica: int = 0) -> Verdict:
     """Return the verdict of a task on an environment's state and a final answer; the state stays as it is.
 
-    True, returned, is a pass; False is a fail. A fail with a reason, which is never empty, is a change of the state,
-    put back as it was `before` whatever else happened; any other value, whose str the reason shows; and an error, which
-    is itself the reason, as a whole.
+    True, returned, is a pass, and False a fail. It is a fail with a reason, which is never empty, if the state is not
+    as it was `before`, to which it is put back whatever else happened; if another value was returned, whose str the
+    reason shows; and if there was an error, which is itself the reason, as a whole.
     """
     before, environment.over = pickle.dumps(environment.state), False  # so that the tools work once more
     with jail.session(environment, replica) as session:
         outcome = session.run(task.evaluate, [as_answer(answer)])
     ### BEGIN SOLUTION
-    if environment.state != (untouched := pickle.loads(before)):
-        environment.state = untouched
+    changed = environment.state != (untouched := pickle.loads(before))
+    environment.state = untouched
+    if changed:
         return Verdict(False, "evaluate changed the state, at which it may only look")
     if outcome.error is None and outcome.value is not True and outcome.value is not False:
         return Verdict(False, f"evaluate returned {str(outcome.value)[:80]!r} instead of True or False")
@@ -975,7 +986,7 @@ def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
         if solved and accepts(jail, task, replica, what, *state_and_answer):
             passing.append(what)
     if not solved:
-        # None, no JSON, or text that is taken for a number
+        # such as None, what is no JSON, or text that was meant as a number
         surprise = environment.judged_by_answer and not isinstance(answer, (int, float))
         given = f":\nits answer arrives as {as_answer(answer)!r:.200}" if surprise else ""
         raise TaskError("solution", f"the example solution does not pass the evaluation{given}")
@@ -989,8 +1000,8 @@ def check(jail: Jail, task: CodeAsTask, replica: int) -> None:
 def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
     """Return the filter's judgement (section 3 of the paper) of a task, or of a line of JSON that should hold one.
 
-    What is to be kept is tried REPEATS times more, its solution and one failure case after the other, each time by
-    another server: what depends on chance, the date or a process is no task.
+    What is to be kept is tried by REPEATS other servers: the solution by each, each failure case by at least one, and
+    each server has at least one. What depends on chance, the date or a process is no task.
     """
     start, again = time.monotonic(), ""
     try:
@@ -1001,9 +1012,10 @@ def judge(jail: Jail, task: CodeAsTask | str) -> Judgement:
         for replica in range(1, 1 + REPEATS):
             if not passes(jail, task, replica, what := "the example solution", task.solution):
                 raise TaskError("solution", f"{what} does not pass the evaluation every time")
-            number = (replica - 1) % len(task.failures)
-            if passes(jail, task, replica, what := f"failure case {number + 1}", task.failures[number]):
-                raise TaskError("failures", f"{what} passes the evaluation, but must fail it every time")
+            for turn in range(replica - 1, max(REPEATS, len(task.failures)), REPEATS):
+                number = turn % len(task.failures)
+                if passes(jail, task, replica, what := f"failure case {number + 1}", task.failures[number]):
+                    raise TaskError("failures", f"{what} passes the evaluation, but must fail it every time")
     except TaskError as rejection:
         return Judgement(False, rejection.stage, again + rejection.reason, time.monotonic() - start)
     return Judgement(True, "ok", "", time.monotonic() - start)
@@ -1026,7 +1038,7 @@ def judge_many(jail: Jail, tasks: Iterable[CodeAsTask | str], workers: int = 4) 
 # the command line (for a second reading)
 
 def read_lines(path: str) -> Iterator[str]:
-    """Yield the lines of a file, without a mark of UTF-8, cut where they are longer than LINE_CHARACTERS."""
+    """Yield the lines of a file, without a byte order mark, cut where they are longer than LINE_CHARACTERS."""
     with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for line in file:
             yield line.removeprefix("\ufeff")[:LINE_CHARACTERS + 1]

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tools import make_environment  # noqa: E402
-from verify import CodeAsTask, Jail, inside, judge_many  # noqa: E402
+from verify import CodeAsTask, Jail, judge_many, start_program  # noqa: E402
 
 CODE = "x = 1"
 AMOUNT = make_environment("calculator", 3).state["tea"]
@@ -88,7 +88,7 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     tasks = [CodeAsTask.from_json(line) for env in ("calculator", "shop")
              for line in (ROOT / "tiny" / f"held_out_{env}.jsonl").read_text().splitlines()]
-    floor = inside(FLOOR, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    floor = start_program(FLOOR, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
 
     def floor_seconds() -> float:
         floor.stdin.write(str(options.checks).encode())

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from tools import Environment, make_environment, tool
-from verify import CodeAsTask, ForkServer, Jail, JailError, evaluate, inside, judge, observation
+from verify import CodeAsTask, ForkServer, Jail, JailError, evaluate, judge, observation, start_program
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the strong jail")
 
@@ -1096,7 +1096,7 @@ def test_for_want_of_memory_a_child_is_ended_before_the_parent(jail):
 
 
 def test_servers_that_keep_ending_are_a_sentence(jail, monkeypatch):
-    monkeypatch.setattr("verify.inside", lambda statement, **options: inside("pass", **options))
+    monkeypatch.setattr("verify.start_program", lambda statement, **options: start_program("pass", **options))
     jail.servers[0].process.kill()
     with pytest.raises(JailError, match="out of memory or processes"):
         run(jail, "x = 1")

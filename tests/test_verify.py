@@ -136,6 +136,8 @@ def test_a_written_task_is_parsed():
     assert parse_task(f"Here it is.\n{written(SHOP)}", "shop", SEED) == SHOP
     fenced = written(CALCULATOR, solution=f"```python\n{CALCULATOR.solution}\n```")
     assert parse_task(fenced, "calculator", SEED) == CALCULATOR
+    stray = f"Three </failure_case> parts, and a </solution>, will follow.\n{written(SHOP)}"
+    assert parse_task(stray, "shop", SEED) == SHOP  # what stands before the first part is none
 
 
 @pytest.mark.parametrize("text, reason", [
@@ -323,10 +325,11 @@ def test_an_evaluation_that_accepts_anything_on_one_server_alone_is_rejected(jai
     assert judgement.stage == "failures" and judgement.reason.startswith("when it was tried again, failure case")
 
 
-def test_each_failure_case_is_tried_again(jail):
+@pytest.mark.parametrize("cases", [3, 16])
+def test_each_failure_case_is_tried_again(jail, cases):
     """A failure case that gives the right answer on all servers but the first, whichever it is."""
-    for number in range(3):
-        failures = list(CALCULATOR.failures)
+    for number in range(cases):
+        failures = [f"result = -{case}" for case in range(cases)]
         failures[number] = f"{CALCULATOR.solution}\nif hash('tea') == {hash_of(jail, 0)}: result = -1"
         judgement = judge(jail, change(CALCULATOR, failures=failures))
         assert judgement.stage == "failures" and f"failure case {number + 1} passes" in judgement.reason
@@ -370,6 +373,14 @@ def test_evaluate_leaves_the_state_and_reads_what_the_code_did(jail):
     verdict = evaluate(jail, meddling, environment, None)
     assert verdict.passed is False and "changed the state" in verdict.reason
     assert json.dumps(environment.state) == state
+
+
+def test_the_state_is_put_back_also_where_it_seems_the_same(jail):
+    environment = make_environment("shop", SEED)
+    environment.state = {"stock": 1}
+    environment.tools = {"restock": lambda environment: environment.state.update(stock=1.0)}
+    evaluate(jail, change(SHOP, evaluate="def evaluate():\n    restock()\n    return True"), environment, None)
+    assert json.dumps(environment.state) == '{"stock": 1}'
 
 
 def test_an_answer_in_text_equals_the_solution_in_numbers(jail):

@@ -103,11 +103,11 @@ WRONG = {
         "what equals True passes": altered("evaluate", ("value is True", "value == True"), ("value is not True", "value != True")),
         "what equals False is a fail without a reason": altered("evaluate", ("is not False", "!= False")),
         "no value is a fail without a reason": altered("evaluate", ("outcome.error is None and", "False and")),
-        "the state may be changed": altered("evaluate", ("if environment.state !=", "if False and environment.state !=")),
+        "the state may be changed": altered("evaluate", ("if changed:", "if False:")),
         "the state becomes a fresh one": altered("evaluate", ("environment.state = untouched", "environment.reset(task.seed)")),
         "only a world that is judged by its state is looked at": altered("evaluate", (
-            "if environment.state !=", "if not environment.judged_by_answer and environment.state !=")),
-        "the state is not put back": altered("evaluate", ("    environment.state = untouched\n", "")),
+            "if changed:", "if changed and not environment.judged_by_answer:")),
+        "the state is not put back": altered("evaluate", ("environment.state = untouched\n", "")),
     },
     "check": {
         "doing nothing may pass": altered("check", ("if not passing and", "if False and")),
