@@ -230,10 +230,10 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 # fork server, a program of its own, has forked and confined. The child is sent code as a line of JSON. Where that calls
 # a tool, the call comes back as data, is executed here on the episode's state, and its result is sent down; at last
 # come what was printed, and a value or an error, of which this process alone makes a verdict (`evaluate`, below).
-#   at first     Jail, ForkServer.start, start_program; in the server serve, fork_child; in the child confine, live
+#   at first     Jail, ForkServer.start, start_program; in the server serve; in a child confine, then live
 #   an action    Session.run, converse, ask, exchange
-#   at last      Session.close; in the server end, which kills the child
-# Each layer says first what it stops. Two are in the chapters that follow:
+#   at last      Session.close; in the server end
+# Each layer says first what it stops. Two are in the chapters that follow, with what runs in a child and who asks it:
 #   STATE OUTSIDE stops reading and changing the world other than by its tools: a child has stubs (call_tool, execute).
 #   SERVERS THAT DIFFER stop verdicts that follow hashes, chance or the date: they must agree (start, set_clock, judge).
 
@@ -254,10 +254,10 @@ def start_program(statement: str, **options: Any) -> subprocess.Popen:
 
 
 def exchange(channel: socket.socket, message: bytes, deadline: float, most: int) -> bytes:
-    """A DEADLINE, THEN A KILL stops endless loops, sleeps, and calls in C that nothing else interrupts; A CAP, floods.
+    """A DEADLINE stops endless loops, sleeps, and calls in C that nothing else interrupts; A CAP, floods.
 
     Return the line of at most so many bytes with which a child replies; raises TimeoutError at the deadline (of
-    time.monotonic), and another OSError if the child is dead or floods the channel. With its session the child ends.
+    time.monotonic), and another OSError if the child is dead or floods the channel. Its session then has it killed.
     """
     def in_time(transfer: Callable, what: Any) -> Any:
         if (seconds := deadline - time.monotonic()) <= 0:
@@ -279,19 +279,44 @@ def exchange(channel: socket.socket, message: bytes, deadline: float, most: int)
 
 MEMORY_BYTES = 256 * 1024 * 1024  # of address space in a child
 PROCESSOR_SECONDS = 60            # in the life of a child
-NESTING = 50                      # levels of lists and dicts in plain data
-LARGEST = 10**300                 # number in plain data, as which an int can still become a float
 
 
-def fork_child() -> tuple[int, int]:
-    """A PROCESS FOR EACH AUTHOR stops patched built-ins and walks through frames and gc: no memory is shared.
+def serve(descriptor: int, seed: int, strong: bool) -> int:
+    """A PROCESS FOR EACH AUTHOR stops patched built-ins and walks through frames and gc; A KILL, all that runs on.
 
-    Return the child's pid, in the child itself 0, and this end of the channel between the two.
+    The fork server: sent 0 it replies with a child's pid and the channel to it, sent a pid it ends that child. It forks
+    a child before it is asked for, while the parent works with the one before, and reaps it only when it ends it, so
+    that a pid never comes to mean another process. It ends, with all children, when the control socket is closed.
+    Only a child returns, confined, with its channel: so no frame of this function is above the code that it runs.
     """
-    ours, theirs = [side.detach() for side in socket.socketpair()]  # plain descriptors: less for a child to touch
-    pid = os.fork()
-    os.close(theirs if pid else ours)
-    return pid, ours if pid else theirs
+    control, confine, children = socket.socket(fileno=descriptor), make_confine(strong), set()
+    prepare_server(seed)
+    while True:
+        ours, theirs = [side.detach() for side in socket.socketpair()]  # plain descriptors: less for a child to touch
+        if (child := os.fork()) == 0:
+            break
+        os.close(theirs)
+        children.add(child)
+        while any(request := control.recv(8)):  # a pid: neither 0 nor the end
+            children.remove(pid := struct.unpack("q", request)[0])
+            end(pid)
+        if not request:
+            for pid in children:
+                end(pid)
+            os._exit(0)
+        socket.send_fds(control, [struct.pack("q", child)], [ours])
+        os.close(ours)
+    os.close(control.detach())
+    os.close(ours)
+    confine()
+    random.seed(seed)
+    return theirs
+
+
+def end(pid: int) -> None:
+    """Kill a child, and take it off the system's list."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def make_confine(strong: bool) -> Callable[[], None]:
@@ -355,12 +380,12 @@ def seccomp_program() -> bytes:
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
-def plain(value: Any, nesting: int = NESTING) -> Any:
+def plain(value: Any, nesting: int = 50) -> Any:
     """DATA ON A CHANNEL stops printed success, exit codes and objects that equal everything: none of them is True.
 
     Return `value` as plain data, tuples as lists; raises ValueError for all else. Both ends of the channel do it.
     """
-    if value is None or isinstance(value, (int, float)) and abs(value) < LARGEST:  # True and False are ints
+    if value is None or isinstance(value, (int, float)) and abs(value) < 10**300:  # True and False are ints
         return value
     if isinstance(value, str):
         return value.encode().decode()  # raises for half a surrogate pair, which no file could hold
@@ -369,11 +394,11 @@ def plain(value: Any, nesting: int = NESTING) -> Any:
     if isinstance(value, dict) and nesting and all(isinstance(key, str) for key in value):
         return {plain(key): plain(item, nesting - 1) for key, item in value.items()}
     raise ValueError(f"{type(value).__name__}: only text, numbers below 1e300, True, False, None, lists and dicts with "
-                     f"text as keys can leave the code, nested at most {NESTING} times")
+                     f"text as keys can leave the code, nested at most 50 times")
 
 
 # ---------------------------------------------------------------------------------------------------
-# a fork server, and the notebook in each of its children (for a second reading)
+# what a server prepares, and the notebook in each of its children (for a second reading)
 
 MESSAGE_BYTES = 1024 * 1024   # in a message on the channel
 PRINTED_CHARACTERS = 20_000   # kept of the output of an action
@@ -390,46 +415,9 @@ MODULES = """abc array ast base64 bisect calendar cmath codecs collections.abc c
     weakref _strptime __future__""".split()
 
 
-def serve(descriptor: int, seed: int, strong: bool) -> int:
-    """The fork server: sent 0 it replies with a child's pid and the channel to it, sent a pid it ends that child.
-
-    A child is forked before it is asked for, while the parent still works with the one before, and reaped only
-    when it is ended, so that a pid never comes to mean another process. When the control socket is closed the
-    parent is gone, and the server ends with all its children.
-    Only a child returns from here, confined, with its channel: so no frame of this function is above the code it runs.
-    """
-    control, confine, children = socket.socket(fileno=descriptor), make_confine(strong), set()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or, where a shell has had it ignored, no child waits to be reaped
-    prepare_server(seed)
-    while True:
-        child, channel = fork_child()
-        if child == 0:
-            break
-        children.add(child)
-        while any(request := control.recv(8)):  # a pid: neither 0 nor the end
-            (pid,) = struct.unpack("q", request)
-            children.remove(pid)
-            end(pid)
-        if not request:
-            for pid in children:
-                end(pid)
-            os._exit(0)
-        socket.send_fds(control, [struct.pack("q", child)], [channel])
-        os.close(channel)
-    os.close(control.detach())
-    confine()
-    random.seed(seed)
-    return channel
-
-
-def end(pid: int) -> None:
-    """End a child for good."""
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-
 def prepare_server(seed: int) -> None:
     """Make the server what each of its children is to begin as."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or, where a shell has had it ignored, no child waits to be reaped
     sys.path.clear()
     os.environ.clear()
     set_clock((seed - 1) * (-1)**(seed - 1) * CLOCK_SECONDS)  # into the future, or the past

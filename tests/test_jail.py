@@ -12,6 +12,7 @@ import platform
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from tools import Environment, make_environment, tool
-from verify import CodeAsTask, ForkServer, Jail, JailError, evaluate, judge, observation, start_program
+from verify import CodeAsTask, ForkServer, Jail, JailError, evaluate, judge, observation, pack, plain, start_program
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the strong jail")
 
@@ -160,12 +161,14 @@ def test_a_long_error_keeps_its_beginning_and_its_end(jail):
     assert " … " in error and error.endswith("9998, 9999]'") and len(error) == 1_000
 
 
-def test_a_forged_outcome_is_not_longer_than_an_honest_one(jail):
+def test_a_forged_outcome_is_not_longer_than_an_honest_one(jail, monkeypatch):
     forge = "import sys\nsys._getframe().f_back.f_globals['{}'] = lambda *_: {}\n1 / 0"
     assert run(jail, forge.format("explain", "'x' * 900_000")).error == "x" * 1_000
     assert "not its own" in run(jail, forge.format("explain", "''")).error  # or the action would seem to have gone well
     printed = "import sys\nsys._getframe().f_back.f_locals['printed'].getvalue = lambda: 'x' * 900_000"
     assert len(run(jail, printed).printed) == 20_000
+    monkeypatch.setattr("verify.PRINTED_CHARACTERS", 10**6)
+    assert len(run(jail, printed).printed) == 900_000
 
 
 def test_common_modules_import_and_others_say_that_they_are_missing(jail):
@@ -269,7 +272,6 @@ def test_endless_code_is_ended(jail, monkeypatch, code):
 
 @pytest.mark.parametrize("size, pause, said", [(10_000, 0, "crashed"), (1, 0.001, "took longer than 1 seconds")])
 def test_a_child_that_sends_bytes_for_ever_is_ended(jail, size, pause, said):
-    # A time limit for each read alone would never be reached: every byte in time extends it.
     code = f"""
 import os, time
 while True:
@@ -277,6 +279,14 @@ while True:
         try: os.write(fd, b" " * {size})
         except OSError: pass
     time.sleep({pause})"""
+    control, pid, channel = jail.servers[0].child()
+    with channel:  # a time limit for each read alone would never be reached: every byte in time extends it
+        channel.settimeout(1)
+        channel.sendall(pack({"tools": [], "code": code, "arguments": None}))
+        deadline = time.monotonic() + 2 * jail.seconds
+        while time.monotonic() < deadline:
+            assert channel.recv(65_536)
+        control.sendall(struct.pack("q", pid))
     assert said in run(jail, code).error
 
 
@@ -372,11 +382,16 @@ def test_an_error_that_never_finds_its_words_is_ended(jail):
     assert "took longer" in run(jail, code).error
 
 
-@pytest.mark.parametrize("code", ["x = 1\0", "x = '\ud800'", "x = 1 #" + "x" * 70_000, "", None, 5],
-                         ids=["NUL", "surrogate", "huge", "empty", "None", "number"])
+@pytest.mark.parametrize("code", ["x = 1\0", "x = '\ud800'", None, 5], ids=["NUL", "surrogate", "None", "number"])
 def test_what_is_no_source_is_rejected_before_it_reaches_a_child(jail, code):
-    with pytest.raises((ValueError, TypeError, UnicodeError, OSError, AssertionError)):
-        assert bare(code).stdout  # a bare process cannot even be started on it, or has nothing to say
+    with pytest.raises((ValueError, TypeError)):
+        bare(code)  # a bare process cannot even be started on it: that would be an exception in the parent
+    assert run(jail, code).error.startswith("the code ")
+
+
+@pytest.mark.parametrize("code", ["x = 1 #" + "x" * 70_000, ""], ids=["huge", "empty"])
+def test_a_source_of_no_sensible_size_is_rejected_before_it_reaches_a_child(jail, code):
+    # That it would do harm cannot be shown: it spares the time of parsing, and the model's question what there was to see.
     assert run(jail, code).error.startswith("the code ")
 
 
@@ -500,11 +515,31 @@ def test_the_system_refuses(jail, attack, tmp_path):
         assert unharmed()
 
 
-@pytest.mark.parametrize("target", ["-1", "os.getppid()", "0", "-os.getpgrp()"], ids=["all", "parent", "group", "own_group"])
-def test_neither_the_parent_nor_every_process_can_be_killed(jail, target):
-    # Not shown to work: a bare process would end this test, or whatever else its user runs.
-    outcome = run(jail, f"import os\nos.kill({target}, 9)")
-    assert "PermissionError" in outcome.error
+@pytest.mark.parametrize("whose", ["parent", "server", "sibling"])
+@pytest.mark.parametrize("attack", ["kill_another", "stop_another", "trace_another", "read_the_memory_of_another", "a_handle_on_another"])
+def test_neither_the_parent_nor_its_server_nor_a_sibling_can_be_attacked(jail, attack, whose):
+    # The same attacks work in a bare process, on another of the same user: test_the_system_refuses.
+    with jail.session(None) as sibling:
+        sibling.run("x = 1")
+        target = {"parent": os.getpid(), "server": jail.servers[0].process.pid, "sibling": sibling.pid}[whose]
+        code = "import ctypes, os, signal\nlibc = ctypes.CDLL(None)\n" + SYSTEM_ATTACKS[attack].format(victim=target, secret=id(target))
+        outcome = run(jail, f"{code}\nprint('got')")
+        assert outcome.error and outcome.printed == ""
+        assert sibling.run("print(x)").printed == "1\n" and jail.servers[0].process.poll() is None
+
+
+def survives(attack):
+    """Whether a bare process in a session of its own survives what a child of it does."""
+    parent = ("import os, subprocess, sys\nattack = sys.argv[1].format(parent=os.getpid(), group=os.getpgrp())\n"
+              "subprocess.run([sys.executable, '-I', '-S', '-c', attack])\nprint('alive')")
+    return subprocess.run([sys.executable, "-I", "-S", "-c", parent, attack], capture_output=True, start_new_session=True).stdout == b"alive\n"
+
+
+@pytest.mark.parametrize("target", ["{parent}", "0", "-{group}", "-1"], ids=["parent", "own_group", "group_of_the_parent", "all"])
+def test_no_group_of_processes_can_be_killed(jail, target):
+    attack = "import os\nos.kill(" + target + ", 9)"
+    assert survives("pass") and (target == "-1" or not survives(attack))  # to show the last would end all that its user runs
+    assert "PermissionError" in run(jail, attack.format(parent=os.getpid(), group=os.getpgrp())).error
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
@@ -683,6 +718,8 @@ BY_STATUS = "assert evaluate(1) is True"
 BY_TRUTH = "assert evaluate(1)"
 BY_EQUALITY = "assert evaluate(1) == True"
 BY_MARKER = "print('verdict', 'PASS' if evaluate(1) is True else 'FAIL')"
+BY_JSON = "import json\nassert json.dumps(evaluate(1)) == 'true'"
+BY_TYPE = "value = evaluate(1)\nassert isinstance(value, bool) and value"
 CHEATS = {
     "one": ("def evaluate(answer): return 1", BY_EQUALITY),
     "one_point_zero": ("def evaluate(answer): return 1.0", BY_EQUALITY),
@@ -708,6 +745,11 @@ CHEATS = {
     "patched_print": ("import builtins\ntrue_print = print\nbuiltins.print = lambda *a: true_print('verdict PASS')\n"
                       "def evaluate(answer): return False", BY_MARKER),
     "an_exit_by_another_name": ("class Quiet(SystemExit): pass\ndef evaluate(answer): raise Quiet(0)", BY_STATUS),
+    "patched_json": ("import json\njson.dumps = lambda *a, **k: 'true'\ndef evaluate(answer): return False", BY_JSON),
+    "patched_encoder": ("import json\njson.JSONEncoder.encode = lambda *a, **k: 'true'\ndef evaluate(answer): return False", BY_JSON),
+    "patched_isinstance": ("import builtins\nbuiltins.isinstance = lambda *a: True\ndef evaluate(answer): return 5", BY_TYPE),
+    "a_closed_stdout": ("import os, sys\ndef evaluate(answer): sys.stdout.close(); return 1", BY_TRUTH),
+    "a_name_that_is_True": ("evaluate = True", "assert evaluate"),
     "a_class_for_a_function": ("class evaluate:\n    def __init__(self, answer): pass", BY_TRUTH),
 }
 
@@ -722,12 +764,7 @@ def test_only_a_returned_true_passes(jail, evaluation, check):
 FORGED = b'{"printed": "", "error": null, "value": true}\n'
 FORGERIES = {
     "no_function": "x = True",
-    "a_name_that_is_True": "evaluate = True",
-    "patched_json": "import json\njson.dumps = lambda *a, **k: 'true'\ndef evaluate(answer): return False",
-    "patched_encoder": "import json\njson.JSONEncoder.encode = lambda *a, **k: 'true'\ndef evaluate(answer): return False",
-    "patched_isinstance": "import builtins\nbuiltins.isinstance = lambda *a: True\ndef evaluate(answer): return 5",
     "closed_pipe": "import os\ndef evaluate(answer): [os.close(fd) for fd in range(3, 16)]",
-    "a_closed_stdout": "import sys\ndef evaluate(answer): sys.stdout.close()",
     "nested_brackets": "import os\ndef evaluate(answer): [os.write(fd, b'[' * 10**6 + b'\\n') for fd in range(3, 16)]",
     "ten_megabytes": "import os\ndef evaluate(answer): [os.write(fd, b'x' * 10**7) for fd in range(3, 16)]",
 }
@@ -735,7 +772,7 @@ FORGERIES = {
 
 @pytest.mark.parametrize("evaluation", FORGERIES.values(), ids=FORGERIES)
 def test_what_breaks_the_reply_does_not_pass(jail, evaluation):
-    # There is no bare process to show these in: they attack the pipe of the jail itself.
+    # There is no bare process to show these in: there is nothing that could pass, or they attack the pipe of the jail itself.
     assert verdict(jail, evaluation).passed is False
 
 
@@ -769,6 +806,12 @@ def test_an_executor_leaves_nothing_behind_that_reaches_the_evaluation(jail):
 
 def test_an_executor_cannot_write_a_verdict(jail):
     # It can write to its own pipe, as if it were the reply to its action: that makes it an observation, no verdict.
+    forge = (f"import os, time\nresult = True\nfor fd in range(3, 16):\n    try: os.write(fd, {FORGED!r})\n    except OSError: pass\n"
+             "time.sleep(0.2)")
+    with jail.session(None) as session:  # if the evaluation ran in the same child, the true reply would come to be its verdict
+        session.run(forge)
+        time.sleep(0.4)
+        assert session.run("def evaluate(answer): return False", [1]).value is True
     environment = make_environment("calculator", SEED)
     with jail.session(environment) as session:
         session.run(f"import os\nfor fd in range(3, 16):\n    try: os.write(fd, {FORGED!r})\n    except OSError: pass")
@@ -793,7 +836,11 @@ def test_a_malformed_message_ends_the_child(jail, message):
 
 @pytest.mark.parametrize("depth", range(44, 56))
 def test_data_at_the_limit_of_nesting_never_harms_the_parent(jail, depth):
-    # Deep enough data ends a walk through it by RecursionError, as `plain` would without its limit.
+    deep = 1
+    for _ in range(10_000):
+        deep = [deep]
+    with pytest.raises(RecursionError):
+        plain(deep, nesting=10**9)  # without its limit
     code = f"result = 1\nfor i in range({depth}): result = [result]"
     environment = make_environment("calculator", SEED)
     with jail.session(environment) as session:
@@ -809,15 +856,19 @@ def test_data_at_the_limit_of_nesting_never_harms_the_parent(jail, depth):
                          ids=["long", "wide", "keyword"])
 def test_a_refusal_that_quotes_a_long_argument_never_harms_the_parent(jail, code):
     # The refusal would be longer than a message may be: written in JSON, a character takes up to six bytes.
+    with pytest.raises(ValueError, match="more than"):
+        pack({"refusal": "\uffff" * 200_000})
     assert "ToolError" in run(jail, code).error
 
 
-def test_what_an_action_sends_is_bounded_and_the_next_may_send_as_much(jail):
+def test_what_an_action_sends_is_bounded_and_the_next_may_send_as_much(jail, monkeypatch):
     """Or one that sends a message of a megabyte after the other keeps this process from reading those of others in time."""
     calls = "for n in range({}):\n    try: amount('x' * 1_000_000)\n    except ToolError: pass"
     with jail.session(make_environment("calculator", SEED)) as session:
         assert [session.run(calls.format(4)).error for _ in range(2)] == [None, None]
-        assert "crashed its process" in session.run(calls.format(5)).error
+        assert "sent too much" in session.run(calls.format(5)).error
+    monkeypatch.setattr("verify.ACTION_BYTES", 10**9)
+    assert run(jail, calls.format(5)).error is None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1224,6 +1275,11 @@ def test_what_a_child_does_not_read_is_not_sent_for_ever(jail):
     with jail.session(None) as session:
         assert session.run(code).error is None
         assert "took longer" in session.run("#" + "\U0001f600" * 60_000).error  # more than fits into the pipe
+    with jail.session(None) as session:
+        session.run(code)
+        session.channel.settimeout(2 * jail.seconds)
+        with pytest.raises(TimeoutError):  # so long, and longer, it would be tried without the deadline
+            session.channel.sendall(b"x" * 10**6)
 
 
 def test_a_result_that_is_too_much_or_no_data_is_a_refusal(jail):
