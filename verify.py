@@ -231,8 +231,8 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 # a tool, the call comes back as data, is executed here on the episode's state, and its result is sent down; at last
 # come what was printed, and a value or an error, of which this process alone makes a verdict (`evaluate`, below).
 #   at first     Jail, ForkServer.start, start_program; in the server serve; in a child confine, then live
-#   an action    Session.run, converse, ask, exchange
-#   at last      Session.close; in the server end
+#   an action    Session.run, converse; Child.reply, ask; exchange
+#   at last      Session.close, Child.end; in the server serve, which kills
 # Each layer says first what it stops. Two are in the chapters that follow, with what runs in a child and who asks it:
 #   STATE OUTSIDE stops reading and changing the world other than by its tools: a child has stubs (call_tool, execute).
 #   SERVERS THAT DIFFER stop verdicts that follow hashes, chance or the date: they must agree (start, set_clock, judge).
@@ -297,13 +297,13 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
             break
         os.close(theirs)
         children.add(child)
-        while any(request := control.recv(8)):  # a pid: neither 0 nor the end
-            children.remove(pid := struct.unpack("q", request)[0])
-            end(pid)
-        if not request:
-            for pid in children:
-                end(pid)
-            os._exit(0)
+        while (request := control.recv(8)) != bytes(8):  # not 0, but a pid, or nothing: the socket is closed
+            for pid in struct.unpack("q", request) if request else children.copy():
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                children.remove(pid)
+            if not request:
+                os._exit(0)
         socket.send_fds(control, [struct.pack("q", child)], [ours])
         os.close(ours)
     os.close(control.detach())
@@ -311,12 +311,6 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
     confine()
     random.seed(seed)
     return theirs
-
-
-def end(pid: int) -> None:
-    """Kill a child, and take it off the system's list."""
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
 
 
 def make_confine(strong: bool) -> Callable[[], None]:
@@ -716,79 +710,37 @@ for name, attempt in attempts.items():
 """
 
 
-class Session(contextlib.AbstractContextManager):
-    """A child for one untrusted author, whose variables last from action to action, as in a notebook.
+class Child:
+    """What a session talks with: a child, which is started for the first message whose reply is not remembered.
 
     What a child replies follows from its random seed and from what it was sent, so the jail remembers it: rollouts of a
-    task often begin alike. (Not if the code names what differs from child to child: UNFORESEEN.) A child is started for
-    the first message that is new, is told all that came before, to which it must reply as remembered, and then all that
-    comes. One that does not, is late or crashes is ended, and the next action begins with another.
+    task often begin alike. (Not if the code names what differs from child to child: UNFORESEEN.) Once started, it is
+    told all that came before, to which it must reply as remembered, and then all that comes.
     """
 
-    def __init__(self, jail: Jail, environment: Environment | None, replica: int):
-        self.jail, self.environment, self.replica = jail, environment, replica
-        self.channel: socket.socket | None = None  # to the child, while there is one
-        self.called: Counter[str] = Counter()  # the tools that its code has called, and how often
-        self.close()
-
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the child, if there is one, and begin with an empty past."""
+    def __init__(self, jail: Jail, replica: int):
+        self.jail, self.replica = jail, replica
+        self.channel: socket.socket | None = None  # to the process, while there is one
         self.actions = 0  # that were begun
         self.untold: list[list[tuple[bytes, bytes]]] = []  # of each action, messages with their replies
-        self.past = hashlib.sha256(b"%d\n" % self.replica)  # of the replica and all messages, for the jail's memory
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
-            with contextlib.suppress(OSError):  # a server that is gone has taken its children along
-                self.control.sendall(struct.pack("q", self.pid))
+        self.past = hashlib.sha256(b"%d\n" % replica)  # of the replica and all messages, for the jail's memory
 
-    def run(self, code: str, arguments: list | None = None) -> Outcome:
-        """Run code, and meanwhile execute its tool calls; the outcome holds what it printed, and what ended it early.
-
-        Its value is the variable `result`; or, given arguments, what the function `evaluate` returns, called with as
-        many of them as it takes. Raises JailError if no child can be had.
-        """
-        if problem := text_problem(code):
-            return Outcome("", f"the code {problem}")
+    def begin_action(self, code: str) -> None:
+        """Count an action, and give it its time."""
+        self.actions += 1
         if UNFORESEEN.search(code):
             self.past.update(os.urandom(16))  # from here on there is no other past like it
-        request = {"code": code, "arguments": arguments}
-        if not self.actions:
-            request["tools"] = list(self.environment.tools) if self.environment else []
-        try:
-            message = pack(plain(request))
-        except ValueError as error:
-            return Outcome("", f"the arguments cannot reach the code: {error}")
-        try:
-            return self.converse(message)
-        except ChildLost as loss:
-            lost = "; the variables of earlier actions are lost" if self.actions > 1 else ""
-            self.close()
-            return Outcome("", f"{loss}{lost}")
-
-    def converse(self, message: bytes) -> Outcome:
-        """Send a request, then the result of each tool call that is the reply; return the outcome that is the last."""
-        self.actions += 1
-        if self.channel is not None:
-            self.begin_action()
+        if self.channel is None:
+            self.untold.append([])  # should it need a process, its time begins with that
         else:
-            self.untold.append([])  # this action's; should it need a child, its time begins with that: start_child
-        for calls in itertools.count(1):
-            match self.reply(message):
-                case {"tool": str(name), "arguments": list(arguments), "keywords": dict(keywords)}:
-                    message = self.execute(name, arguments, keywords, calls)
-                case {"printed": str(printed), "error": str(error), "value": _}:
-                    return Outcome(printed[:PRINTED_CHARACTERS], error[:ERROR_CHARACTERS] or NONSENSE)
-                case {"printed": str(printed), "error": None, "value": value}:
-                    return Outcome(printed[:PRINTED_CHARACTERS], None, value)
-                case _:
-                    raise ChildLost(NONSENSE)
+            self.give_time()
+
+    def give_time(self) -> None:
+        """Let an action have its time, and the bytes that it can send, from now on."""
+        self.deadline, self.bytes_left = time.monotonic() + self.jail.seconds, ACTION_BYTES
 
     def reply(self, message: bytes) -> Any:
-        """Return the reply to the next message as plain data: from memory, as long as there is no child, or from it."""
+        """Return the reply to the next message as plain data, from memory or from the process; or raise ChildLost."""
         self.past.update(message)
         past, replies = self.past.digest(), self.jail.replies
         line = replies.get(past) if self.channel is None else None
@@ -796,7 +748,7 @@ class Session(contextlib.AbstractContextManager):
             self.untold[-1].append((message, line))
         else:
             if self.channel is None:
-                self.start_child()
+                self.start()
             line = self.ask(message)
         try:
             data = plain(json.loads(line))
@@ -808,22 +760,18 @@ class Session(contextlib.AbstractContextManager):
             replies[past] = line
         return data
 
-    def start_child(self) -> None:
-        """Start a child, and tell it all that came before; raises ChildLost if it does not reply as remembered."""
+    def start(self) -> None:
+        """Start the process, and tell it all that came before; raises ChildLost if it does not reply as remembered."""
         self.control, self.pid, self.channel = self.jail.servers[self.replica % len(self.jail.servers)].child()
         for action in self.untold:  # each has its own time, the last and what is new in it together
-            self.begin_action()
+            self.give_time()
             for message, remembered in action:
                 if self.ask(message) != remembered:
                     raise ChildLost("the code does not do the same again")
         self.untold.clear()
 
-    def begin_action(self) -> None:
-        """Give an action its time, and the bytes that it can send."""
-        self.deadline, self.bytes_left = time.monotonic() + self.jail.seconds, ACTION_BYTES
-
     def ask(self, message: bytes) -> bytes:
-        """Return the child's reply to a message, as a line; raises ChildLost if there is none in time."""
+        """Return the process's reply to a message, as a line; raises ChildLost if there is none in time."""
         try:
             line = exchange(self.channel, message, self.deadline, min(MESSAGE_BYTES, self.bytes_left))
         except TimeoutError:
@@ -833,6 +781,69 @@ class Session(contextlib.AbstractContextManager):
                             "too much") from None
         self.bytes_left -= len(line)
         return line
+
+    def end(self) -> None:
+        """Have the process killed, if there is one."""
+        if self.channel is not None:
+            self.channel.close()
+            with contextlib.suppress(OSError):  # a server that is gone has taken its children along
+                self.control.sendall(struct.pack("q", self.pid))
+
+
+class Session(contextlib.AbstractContextManager):
+    """What one untrusted author runs: actions whose variables last from one to the next, as in a notebook.
+
+    They last as long as the child. One that is late, crashes or makes no sense is ended; the next action has another.
+    """
+
+    def __init__(self, jail: Jail, environment: Environment | None, replica: int):
+        self.jail, self.environment, self.replica = jail, environment, replica
+        self.child = Child(jail, replica)
+        self.called: Counter[str] = Counter()  # the tools that its code has called, and how often
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child; should there be another action, it begins with another."""
+        self.child.end()
+        self.child = Child(self.jail, self.replica)
+
+    def run(self, code: str, arguments: list | None = None) -> Outcome:
+        """Run code, and meanwhile execute its tool calls; the outcome holds what it printed, and what ended it early.
+
+        Its value is the variable `result`; or, given arguments, what the function `evaluate` returns, called with as
+        many of them as it takes. Raises JailError if no child can be had.
+        """
+        if problem := text_problem(code):
+            return Outcome("", f"the code {problem}")
+        request = {"code": code, "arguments": arguments}
+        if not self.child.actions:
+            request["tools"] = list(self.environment.tools) if self.environment else []
+        try:
+            message = pack(plain(request))
+        except ValueError as error:
+            return Outcome("", f"the arguments cannot reach the code: {error}")
+        try:
+            self.child.begin_action(code)
+            return self.converse(message)
+        except ChildLost as loss:
+            lost = "; the variables of earlier actions are lost" if self.child.actions > 1 else ""
+            self.close()
+            return Outcome("", f"{loss}{lost}")
+
+    def converse(self, message: bytes) -> Outcome:
+        """Send a request, then the result of each tool call that is the reply; return the outcome that is the last."""
+        for calls in itertools.count(1):
+            match self.child.reply(message):
+                case {"tool": str(name), "arguments": list(arguments), "keywords": dict(keywords)}:
+                    message = self.execute(name, arguments, keywords, calls)
+                case {"printed": str(printed), "error": str(error), "value": _}:
+                    return Outcome(printed[:PRINTED_CHARACTERS], error[:ERROR_CHARACTERS] or NONSENSE)
+                case {"printed": str(printed), "error": None, "value": value}:
+                    return Outcome(printed[:PRINTED_CHARACTERS], None, value)
+                case _:
+                    raise ChildLost(NONSENSE)
 
     def execute(self, name: str, arguments: list, keywords: dict, calls: int) -> bytes:
         """Execute a tool call on the environment's state; return its result, or its refusal, as a message."""

@@ -296,7 +296,7 @@ def test_what_computes_on_after_its_reply_has_little_time(jail):
     code = f"import os\nfor fd in range(3, 16):\n    try: os.write(fd, {forged.encode()!r})\n    except OSError: pass\nwhile True: pass"
     with jail.session(None) as session:
         assert session.run(code).error is None
-        with open(f"/proc/{session.pid}/limits") as file:
+        with open(f"/proc/{session.child.pid}/limits") as file:
             (limit,) = [line.split()[3:5] for line in file if line.startswith("Max cpu time")]
         assert limit == ["60", "60"]
         assert "took longer" in session.run("x = 1").error
@@ -521,7 +521,7 @@ def test_neither_the_parent_nor_its_server_nor_a_sibling_can_be_attacked(jail, a
     # The same attacks work in a bare process, on another of the same user: test_the_system_refuses.
     with jail.session(None) as sibling:
         sibling.run("x = 1")
-        target = {"parent": os.getpid(), "server": jail.servers[0].process.pid, "sibling": sibling.pid}[whose]
+        target = {"parent": os.getpid(), "server": jail.servers[0].process.pid, "sibling": sibling.child.pid}[whose]
         code = "import ctypes, os, signal\nlibc = ctypes.CDLL(None)\n" + SYSTEM_ATTACKS[attack].format(victim=target, secret=id(target))
         outcome = run(jail, f"{code}\nprint('got')")
         assert outcome.error and outcome.printed == ""
@@ -548,7 +548,7 @@ def test_no_sibling_can_be_killed_or_stopped(jail, monkeypatch, number):
         """What becomes of a session when another of the same server signals its child."""
         with jail.session(None) as sibling, jail.session(None) as attacker:
             sibling.run("x = 1")
-            error = attacker.run(f"import os\nos.kill({sibling.pid}, {number})").error
+            error = attacker.run(f"import os\nos.kill({sibling.child.pid}, {number})").error
             return error, sibling.run("import time\nprint(x)").printed
     assert "PermissionError" in siblings(jail)[0] and siblings(jail)[1] == "1\n"
     monkeypatch.setattr("verify.MACHINES", {})
@@ -985,7 +985,7 @@ def test_a_child_that_is_started_late_is_told_all_that_came_before():
                 session.run("a = amount('tea')")
                 session.run("b = 2")
                 assert session.run(last).printed == printed
-                assert session.channel is not None
+                assert session.child.channel is not None
                 session.run("a += 1")
                 assert session.run("print(a)").printed == f"{TEA + 1}\n"
 
@@ -1028,7 +1028,7 @@ def test_a_session_that_has_a_child_asks_no_memory():
         for _ in range(2):  # in the second round all but the first is remembered
             with jail.session(None) as session:
                 session.run("print('x' * 10_000)")  # too long for that, so there is a child
-                assert session.run("y = 1").error is None and session.untold == []
+                assert session.run("y = 1").error is None and session.child.untold == []
                 assert session.run("print(y)").printed == "1\n"
 
 
@@ -1068,7 +1068,7 @@ def test_a_session_keeps_no_messages_that_its_child_has_been_told(jail):
     with jail.session(world) as session:
         for number in range(3):
             assert session.run(f"for n in range(20): echo(str({number}) * 100_000)").error is None
-            assert session.untold == []
+            assert session.child.untold == []
 
 
 def test_tool_calls_are_executed_on_the_state_of_the_episode_whatever_is_remembered():
@@ -1141,7 +1141,7 @@ def test_for_want_of_memory_a_child_is_ended_before_the_parent(jail):
     """Each child may have 256 MB, and hundreds of them more than there is. To exhaust a machine in a test will not do."""
     with jail.session(None) as session:
         session.run("x = 1")
-        for pid in (jail.servers[0].process.pid, session.pid):
+        for pid in (jail.servers[0].process.pid, session.child.pid):
             assert int(Path(f"/proc/{pid}/oom_score_adj").read_text()) == 1000
     assert int(Path("/proc/self/oom_score_adj").read_text()) < 1000
 
@@ -1277,9 +1277,9 @@ def test_what_a_child_does_not_read_is_not_sent_for_ever(jail):
         assert "took longer" in session.run("#" + "\U0001f600" * 60_000).error  # more than fits into the pipe
     with jail.session(None) as session:
         session.run(code)
-        session.channel.settimeout(2 * jail.seconds)
+        session.child.channel.settimeout(2 * jail.seconds)
         with pytest.raises(TimeoutError):  # so long, and longer, it would be tried without the deadline
-            session.channel.sendall(b"x" * 10**6)
+            session.child.channel.sendall(b"x" * 10**6)
 
 
 def test_a_result_that_is_too_much_or_no_data_is_a_refusal(jail):
@@ -1294,7 +1294,7 @@ def test_a_result_that_is_too_much_or_no_data_is_a_refusal(jail):
 def test_the_limits_of_a_child_are_those_of_the_kernel_too(jail):
     with jail.session(None) as session:
         session.run("pass")
-        limits, status = (Path(f"/proc/{session.pid}/{name}").read_text() for name in ("limits", "status"))
+        limits, status = (Path(f"/proc/{session.child.pid}/{name}").read_text() for name in ("limits", "status"))
     for name, most in [("open files", 16), ("file size", 0), ("core file size", 0), ("address space", 256 * 2**20), ("cpu time", 60)]:
         assert re.search(rf"Max {name} +{most} +{most} ", limits), limits
     assert "NoNewPrivs:\t1" in status and (not jail.strong or "Seccomp:\t2" in status)

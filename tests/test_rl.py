@@ -1210,9 +1210,9 @@ def test_an_observation_that_leaves_no_room_for_a_token_ends_the_episode(policy)
 
 def test_no_code_of_the_executor_runs_while_it_is_judged(jail, monkeypatch):
     episode, channels = Executor(jail, TASK), []
-    monkeypatch.setattr(rl, "verdict_on", lambda *_, **__: channels.append(episode.session.channel) or Verdict(True))
+    monkeypatch.setattr(rl, "verdict_on", lambda *_, **__: channels.append(episode.session.child.channel) or Verdict(True))
     episode.step("ACTION: import time END ACTION")  # not remembered, so there is a child
-    assert episode.session.channel is not None and episode.step("ANSWER: 1 END ANSWER") is None and channels == [None]
+    assert episode.session.child.channel is not None and episode.step("ANSWER: 1 END ANSWER") is None and channels == [None]
 
 
 def test_micro_batches_of_unsorted_lengths():
