@@ -226,19 +226,20 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 # ---------------------------------------------------------------------------------------------------
 # THE JAIL: what holds code that a model wrote, in two pages
 #
-# A solution, a failure case, an evaluation, an executor's episode: each author of code has a child of its own, which a
-# fork server, a program of its own, has forked and confined. The child is sent code as a line of JSON. Where that calls
-# a tool, the call comes back as data, is executed here on the episode's state, and its result is sent down; at last
-# come what was printed, and a value or an error, of which this process alone makes a verdict (`evaluate`, below).
+# A solution, a failure case, an evaluation, an executor's episode: each has a child of its own. A small program, the
+# fork server, forks it, because a fork of this process would copy its secrets, and cost what its memory costs; the
+# child confines itself before it runs anything. It is sent code as a line of JSON, through a channel, a pipe for both
+# ways. Where that calls a tool, the call comes back as data, is executed here on the episode's state, and its result is
+# sent down; at last come what was printed, and a value or an error. This process alone makes verdicts (`evaluate`).
 #   at first     Jail, ForkServer.start, start_program; in the server serve; in a child confine, then live
+#   what holds   Jail.probe: a child tries what the layers should refuse, and Jail.describe tells what was refused
 #   an action    Session.run, converse; Child.reply, ask; exchange
 #   at last      Session.close, Child.end; in the server serve, which kills
-# Each layer says first what it stops. Two are in the chapters that follow, with what runs in a child and who asks it:
-#   STATE OUTSIDE stops reading and changing the world other than by its tools: a child has stubs (call_tool, execute).
-#   SERVERS THAT DIFFER stop verdicts that follow hashes, chance or the date: they must agree (start, set_clock, judge).
+# Each docstring says first what its layer stops. Two layers are in the chapters that follow, with what runs in a child:
+# STATE OUTSIDE (call_tool, Session.execute) and SERVERS THAT DIFFER (set_clock, ForkServer).
 
 def start_program(statement: str, **options: Any) -> subprocess.Popen:
-    """NOTHING TO FIND stops the theft of secrets: a server is a new program, with no environment and no open files.
+    """NOTHING TO FIND stops the theft of secrets: a server is a new program, without this one's files and environment.
 
     It imports what code may need, for a child can open no file, and executes the text from INSIDE to OUTSIDE and the
     statement. Nothing else of the project: with tools.py in its memory, code could compute the hidden states.
@@ -247,17 +248,17 @@ def start_program(statement: str, **options: Any) -> subprocess.Popen:
     imports = (f"import sys; sys.path.remove(''); sys.modules.update(_datetime=None, _hashlib=None); "
                f"import {', '.join(MODULES)}; from typing import Any, Callable")
     file = os.path.abspath(__file__)
-    text = f"open({file!r}, encoding='utf-8').read().partition('\\n# INSIDE\\n')[2].partition('\\n# OUTSIDE')[0]"
-    command = [sys.executable, "-S", "-B", "-c", f"{imports}; exec({text})\n{statement}"]
+    inside = f"open({file!r}, encoding='utf-8').read().partition('\\n# INSIDE\\n')[2].partition('\\n# OUTSIDE')[0]"
+    command = [sys.executable, "-S", "-B", "-c", f"{imports}; exec({inside})\n{statement}"]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     return subprocess.Popen(command, **streams | {"env": {}, "cwd": "/"} | options)
 
 
 def exchange(channel: socket.socket, message: bytes, deadline: float, most: int) -> bytes:
-    """A DEADLINE stops endless loops, sleeps, and calls in C that nothing else interrupts; A CAP, floods.
+    """A DEADLINE, upon which a kill follows, stops endless loops, sleeps, and endless calls in C; A CAP stops floods.
 
-    Return the line of at most so many bytes with which a child replies; raises TimeoutError at the deadline (of
-    time.monotonic), and another OSError if the child is dead or floods the channel. Its session then has it killed.
+    Return the line of at most `most` bytes with which a child replies; raises TimeoutError at the deadline (of
+    time.monotonic), another OSError if the child is dead or floods the channel. (Other caps: ACTION_BYTES, TOOL_CALLS.)
     """
     def in_time(transfer: Callable, what: Any) -> Any:
         if (seconds := deadline - time.monotonic()) <= 0:
@@ -282,7 +283,7 @@ PROCESSOR_SECONDS = 60            # in the life of a child
 
 
 def serve(descriptor: int, seed: int, strong: bool) -> int:
-    """A PROCESS FOR EACH AUTHOR stops patched built-ins and walks through frames and gc; A KILL, all that runs on.
+    """A PROCESS FOR EACH AUTHOR stops patched built-ins and walks through frames and gc; A KILL, what is still running.
 
     The fork server: sent 0 it replies with a child's pid and the channel to it, sent a pid it ends that child. It forks
     a child before it is asked for, while the parent works with the one before, and reaps it only when it ends it, so
@@ -292,12 +293,12 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
     control, confine, children = socket.socket(fileno=descriptor), make_confine(strong), set()
     prepare_server(seed)
     while True:
-        ours, theirs = [side.detach() for side in socket.socketpair()]  # plain descriptors: less for a child to touch
+        ours, theirs = [side.detach() for side in socket.socketpair()]  # plain descriptors: less to copy for a child
         if (child := os.fork()) == 0:
             break
         os.close(theirs)
         children.add(child)
-        while (request := control.recv(8)) != bytes(8):  # not 0, but a pid, or nothing: the socket is closed
+        while (request := control.recv(8)) != bytes(8):  # a pid: end it; nothing, the socket is closed: end all
             for pid in struct.unpack("q", request) if request else children.copy():
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
@@ -314,21 +315,21 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
 
 
 def make_confine(strong: bool) -> Callable[[], None]:
-    """LIMITS stop what eats the memory, fills the disk, or computes on after its reply.
+    """LIMITS stop a child that eats the memory, fills the disk (a core does, too), or computes on after its reply.
 
     Return the function by which a child, before all else, gives up what it does not need, for good: limits, and the
-    filter (of a `strong` jail). It finds all prepared, for each page of memory that a child touches costs a copy.
+    filter (of a `strong` jail). It finds all prepared, for each page of memory to which a child writes is copied.
     """
-    import resource  # here, because this file must get as far as saying that Windows cannot have the jail
+    import resource  # here, because Windows lacks it, and should get as far as being told so
     linux, server = sys.platform == "linux", os.getpid()
     limits = {resource.RLIMIT_CPU: PROCESSOR_SECONDS, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0,
-              resource.RLIMIT_NOFILE: 16}
+              resource.RLIMIT_NOFILE: 16}  # descriptors, of which a weak jail's child can open more
     if linux:
         limits[resource.RLIMIT_AS] = MEMORY_BYTES  # elsewhere missing, or less than Python itself occupies
         prctl = ctypes.CDLL(None).prctl
     if strong:
         program = ctypes.create_string_buffer(seccomp_program())
-        program_and_pointer = program, struct.pack("HP", len(program) // 8, ctypes.addressof(program))
+        program_and_pointer = program, struct.pack("HP", len(program) // 8, ctypes.addressof(program))  # a sock_fprog
     else:
         limits[resource.RLIMIT_NPROC] = 0  # no processes, unless for root
 
@@ -337,7 +338,7 @@ def make_confine(strong: bool) -> Callable[[], None]:
             resource.setrlimit(limit, (most, most))
         if linux:
             prctl(38, 1, 0, 0, 0)              # PR_SET_NO_NEW_PRIVS, without which no filter is accepted
-            prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: end with the server ...
+            prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: no outliving of the server ...
             if os.getppid() != server:
                 os._exit(1)                    # ... which may have ended already
         if strong and prctl(22, 2, program_and_pointer[1], 0, 0):  # PR_SET_SECCOMP
@@ -356,20 +357,22 @@ SYSTEM_CALLS = {
     "gettid": (186, 178), "getrusage": (98, 165), "getrandom": (318, 278), "restart_syscall": (219, 128),
     "exit": (60, 93), "exit_group": (231, 94),
 }
-MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # the column above, the kernel's name of it
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # the column above, AUDIT_ARCH_…
 
 
 def seccomp_program() -> bytes:
-    """A FILTER OF SYSTEM CALLS stops all use of files, network, processes and signals: the kernel refuses them.
+    """A FILTER OF SYSTEM CALLS stops opening files and connections, starting processes, and sending signals.
 
-    Return it in the kernel's BPF: SYSTEM_CALLS are allowed, others fail, those of another machine kill.
+    Return it in the kernel's BPF: SYSTEM_CALLS are allowed, others fail, and those in another machine's numbers kill.
+    An instruction is an operation, how many to skip if equal and if not, and what to load, compare with, or give.
     """
     column, architecture = MACHINES[os.uname().machine]
-    load, equal, give = 0x20, 0x15, 0x06  # the argument is what to load, to compare with, or to give
+    load, equal, give = 0x20, 0x15, 0x06  # BPF_LD | BPF_W | BPF_ABS, BPF_JMP | BPF_JEQ | BPF_K, BPF_RET | BPF_K
     allow, error, kill = 0x7FFF0000, 0x00050000, 0x80000000
-    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
+    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill)]  # seccomp_data: at 4 the architecture,
+    program += [(load, 0, 0, 0)]                                                  # ... and at 0 the number of the call
     for numbers in SYSTEM_CALLS.values():
-        program += [(equal, 0, 1, numbers[column]), (give, 0, 0, allow)]  # if unequal, skip 1
+        program += [(equal, 0, 1, numbers[column]), (give, 0, 0, allow)]
     program += [(give, 0, 0, error | 1)]  # EPERM, which Python raises as PermissionError
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
@@ -377,9 +380,10 @@ def seccomp_program() -> bytes:
 def plain(value: Any, nesting: int = 50) -> Any:
     """DATA ON A CHANNEL stops printed success, exit codes and objects that equal everything: none of them is True.
 
-    Return `value` as plain data, tuples as lists; raises ValueError for all else. Both ends of the channel do it.
+    Return `value` as plain data, tuples as lists; raises ValueError for all else. In a child that is a courtesy; it is
+    the parent's own use of it that protects, and that of JSON, which can hold no object.
     """
-    if value is None or isinstance(value, (int, float)) and abs(value) < 10**300:  # True and False are ints
+    if value is None or isinstance(value, (int, float)) and abs(value) < 1e300:  # True and False are ints
         return value
     if isinstance(value, str):
         return value.encode().decode()  # raises for half a surrogate pair, which no file could hold
@@ -388,7 +392,7 @@ def plain(value: Any, nesting: int = 50) -> Any:
     if isinstance(value, dict) and nesting and all(isinstance(key, str) for key in value):
         return {plain(key): plain(item, nesting - 1) for key, item in value.items()}
     raise ValueError(f"{type(value).__name__}: only text, numbers below 1e300, True, False, None, lists and dicts with "
-                     f"text as keys can leave the code, nested at most 50 times")
+                     "text as keys can leave the code, nested at most 50 times")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -427,9 +431,9 @@ def prepare_server(seed: int) -> None:
 
 
 def set_clock(ahead: float) -> None:
-    """Let code of this process, and so of its children, see the date and the time of so many seconds ahead.
+    """SERVERS THAT DIFFER stop verdicts that follow hashes, chance or the date: each has its own seeds and clock.
 
-    (Unless it asks the system itself, through ctypes.)
+    Code of this process, and so of its children, sees the time of so many seconds ahead, unless it asks ctypes for it.
     """
     strftime, asctime = time.strftime, time.asctime
     for name in ("time", "clock_gettime", "monotonic", "perf_counter"):
@@ -442,7 +446,7 @@ def set_clock(ahead: float) -> None:
 
 
 def live(channel: int) -> None:
-    """Run the code of one request after the other, the first of which names the tools, until the pipe is closed."""
+    """Run the code of one request after the other, the first of which names the tools, until the channel is closed."""
     variables = vars(sys.modules["__main__"])
     for number in itertools.count(1):
         if not (request := receive(channel)):
@@ -504,7 +508,10 @@ Refusal = type("ToolError", (Exception,), {"__module__": "builtins"})  # so that
 
 
 def call_tool(channel: int, tool: str, /, *arguments: Any, **keywords: Any) -> Any:
-    """What model-written code calls in place of a tool: the call crosses the pipe as data, and so does the result."""
+    """STATE OUTSIDE stops reading and changing the world other than by its tools: code calls this in place of a tool.
+
+    The call crosses the channel as data, is executed in the parent (Session.execute), and its result comes as data.
+    """
     send(channel, plain({"tool": tool, "arguments": arguments, "keywords": keywords}))
     reply = receive(channel)
     if "refusal" in reply:
@@ -513,14 +520,14 @@ def call_tool(channel: int, tool: str, /, *arguments: Any, **keywords: Any) -> A
 
 
 def send(channel: int, message: dict) -> None:
-    """Write a message to the pipe; raises ValueError if it is too long."""
+    """Write a message to the channel; raises ValueError if it is too long."""
     line = pack(message)
     while line:
         line = line[os.write(channel, line):]
 
 
 def receive(channel: int) -> dict | None:
-    """Read a message from the pipe; None means that the other end is closed."""
+    """Read a message from the channel; None means that the other end is closed."""
     line = b""
     while not line.endswith(b"\n"):
         if not (piece := os.read(channel, 65_536)):
@@ -530,7 +537,7 @@ def receive(channel: int) -> dict | None:
 
 
 def pack(message: dict) -> bytes:
-    """Return the line of JSON that carries plain data through the pipe; raises ValueError if it is too long."""
+    """Return the line of JSON that carries plain data through the channel; raises ValueError if it is too long."""
     line = json.dumps(message).encode() + b"\n"
     if len(line) > MESSAGE_BYTES:
         raise ValueError(f"more than {MESSAGE_BYTES:,} bytes of data")
@@ -846,7 +853,7 @@ class Session(contextlib.AbstractContextManager):
                     raise ChildLost(NONSENSE)
 
     def execute(self, name: str, arguments: list, keywords: dict, calls: int) -> bytes:
-        """Execute a tool call on the environment's state; return its result, or its refusal, as a message."""
+        """Execute a child's tool call on the episode's state; return its result, or its refusal, as a message."""
         try:
             if self.environment is None or calls > TOOL_CALLS:
                 raise ToolError(f"an action can make {TOOL_CALLS:,} tool calls at most")

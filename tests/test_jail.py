@@ -199,7 +199,7 @@ def test_an_observation_shows_output_and_error_and_marks_a_cut(jail):
 def test_values_are_plain_data_or_say_what_is_none(jail):
     code = """
 import collections, json
-a = (1, [2.5, 'ä', None, True]); b = {1, 2}; c = {1: 2}; d = float('nan'); e = 10**300; f = '\\ud800'; g = object()
+a = (1, [2.5, 'ä', None, True]); b = {1, 2}; c = {1: 2}; d = float('nan'); e = 10**301; f = '\\ud800'; g = object()
 h = []; h.append(h)
 i = collections.OrderedDict(x=collections.defaultdict(int, y=1)); j = 'x' * 10**7
 """
