@@ -689,8 +689,8 @@ class Jail(contextlib.AbstractContextManager):
 
     def probe(self) -> dict[str, bool]:
         """Return, for each thing that a child of the jail just tried, whether the system refused it."""
-        self.replies.clear()  # for what is remembered has not been tried just now
         with socket.create_server(("127.0.0.1", 0)) as listener, self.session(None) as session:
+            session.child.past.update(os.urandom(16))  # what the jail remembers has not been tried just now
             probe = PROBE.format(path=__file__, port=listener.getsockname()[1], parent=os.getpid())
             return session.run(probe).value or {"everything": False}
 
