@@ -224,7 +224,7 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 
 
 # ---------------------------------------------------------------------------------------------------
-# THE JAIL: what holds code that a model wrote, in two pages
+# THE JAIL: what holds code that a model wrote
 #
 # A solution, a failure case, an evaluation, an executor's episode: each has a child of its own. A small program, the
 # fork server, forks it, because a fork of this process would copy its secrets, and cost what its memory costs; the
@@ -244,8 +244,8 @@ def start_program(statement: str, **options: Any) -> subprocess.Popen:
     It imports what code may need, for a child can open no file, and executes the text from INSIDE to OUTSIDE and the
     statement. Nothing else of the project: with tools.py in its memory, code could compute the hidden states.
     """
-    # without the datetime in C, which would not ask set_clock for the time, and without OpenSSL, which takes megabytes
-    imports = (f"import sys; sys.path.remove(''); sys.modules.update(_datetime=None, _hashlib=None); "
+    # without datetime and uuid in C, which would not ask set_clock for the time, and OpenSSL, which takes megabytes
+    imports = ("import sys; sys.path.remove(''); sys.modules.update(_datetime=None, _uuid=None, _hashlib=None); "
                f"import {', '.join(MODULES)}; from typing import Any, Callable")
     file = os.path.abspath(__file__)
     inside = f"open({file!r}, encoding='utf-8').read().partition('\\n# INSIDE\\n')[2].partition('\\n# OUTSIDE')[0]"
@@ -317,7 +317,7 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
 def make_confine(strong: bool) -> Callable[[], None]:
     """LIMITS stop a child that eats the memory, fills the disk (a core does, too), or computes on after its reply.
 
-    Return the function by which a child, before all else, gives up what it does not need, for good: limits, and the
+    Return the function by which a child, before it runs code, gives up what it does not need, for good: limits, and the
     filter (of a `strong` jail). It finds all prepared, for each page of memory to which a child writes is copied.
     """
     import resource  # here, because Windows lacks it, and should get as far as being told so
@@ -373,7 +373,7 @@ def seccomp_program() -> bytes:
     program += [(load, 0, 0, 0)]                                                  # ... and at 0 the number of the call
     for numbers in SYSTEM_CALLS.values():
         program += [(equal, 0, 1, numbers[column]), (give, 0, 0, allow)]
-    program += [(give, 0, 0, error | 1)]  # EPERM, which Python raises as PermissionError
+    program += [(give, 0, 0, error | 1)]  # EPERM, a PermissionError; for clone3, too: clone, its substitute, is refused
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
@@ -433,7 +433,7 @@ def prepare_server(seed: int) -> None:
 def set_clock(ahead: float) -> None:
     """SERVERS THAT DIFFER stop verdicts that follow hashes, chance or the date: each has its own seeds and clock.
 
-    Code of this process, and so of its children, sees the time of so many seconds ahead, unless it asks ctypes for it.
+    Code of this process, and so of its children, sees the time of so many seconds ahead, unless it goes out of its way.
     """
     strftime, asctime = time.strftime, time.asctime
     for name in ("time", "clock_gettime", "monotonic", "perf_counter"):
@@ -613,7 +613,7 @@ class ForkServer:
         self.control.close()
         try:
             self.process.wait(timeout=2)
-        except subprocess.TimeoutExpired:  # it is stuck; when it is killed the kernel ends its children
+        except subprocess.TimeoutExpired:  # it is stuck; when it is killed the kernel (Linux) ends its children
             self.process.kill()
             self.process.wait()
 
@@ -761,7 +761,7 @@ class Child:
             data = plain(json.loads(line))
         except (ValueError, RecursionError):
             raise ChildLost(NONSENSE) from None
-        if len(message) + len(line) <= REPLY_BYTES:
+        if past not in replies and len(message) + len(line) <= REPLY_BYTES:
             if len(replies) >= REPLIES:
                 replies.clear()
             replies[past] = line
@@ -793,7 +793,7 @@ class Child:
         """Have the process killed, if there is one."""
         if self.channel is not None:
             self.channel.close()
-            with contextlib.suppress(OSError):  # a server that is gone has taken its children along
+            with contextlib.suppress(OSError):  # a server that is gone has (on Linux) taken its children along
                 self.control.sendall(struct.pack("q", self.pid))
 
 
@@ -925,7 +925,7 @@ def evaluate(jail: Jail, task: CodeAsTask, environment: Environment, answer: Any
     """Return the verdict of a task on an environment's state and a final answer; the state stays as it is.
 
     True, returned, is a pass, and False a fail. It is a fail with a reason, which is never empty, if the state is not
-    as it was `before`, to which it is put back whatever else happened; if another value was returned, whose str the
+    as it was `before`, to which it is put back whatever the code did; if another value was returned, whose str the
     reason shows; and if there was an error, which is itself the reason, as a whole.
     """
     before, environment.over = pickle.dumps(environment.state), False  # so that the tools work once more
