@@ -136,8 +136,6 @@ def test_a_written_task_is_parsed():
     assert parse_task(f"Here it is.\n{written(SHOP)}", "shop", SEED) == SHOP
     fenced = written(CALCULATOR, solution=f"```python\n{CALCULATOR.solution}\n```")
     assert parse_task(fenced, "calculator", SEED) == CALCULATOR
-    stray = f"Three </failure_case> parts, and a </solution>, will follow.\n{written(SHOP)}"
-    assert parse_task(stray, "shop", SEED) == SHOP  # what stands before the first part is none
 
 
 @pytest.mark.parametrize("text, reason", [
