@@ -823,11 +823,15 @@ def test_an_executor_leaves_nothing_behind_that_reaches_the_evaluation(jail):
 def test_an_executor_cannot_write_a_verdict(jail):
     # It can write to its own pipe, as if it were the reply to its action: that makes it an observation, no verdict.
     forge = (f"import os, time\nresult = True\nfor fd in range(3, 16):\n    try: os.write(fd, {FORGED!r})\n    except OSError: pass\n"
-             "time.sleep(0.2)")
-    with jail.session(None) as session:  # if the evaluation ran in the same child, the true reply would come to be its verdict
-        session.run(forge)
-        time.sleep(0.4)
-        assert session.run("def evaluate(answer): return False", [1]).value is True
+             "time.sleep(0.3)")
+
+    def in_one_child():
+        """The verdict, if the evaluation ran in the executor's child: the true reply to the action comes to be it."""
+        with jail.session(None) as session:
+            session.run(forge)
+            time.sleep(0.5)
+            return session.run("import time\ntime.sleep(0.4)\ndef evaluate(answer): return False", [1]).value
+    assert any(in_one_child() is True for _ in range(5))  # replies that a busy machine reads together are no reply
     environment = make_environment("calculator", SEED)
     with jail.session(environment) as session:
         session.run(f"import os\nfor fd in range(3, 16):\n    try: os.write(fd, {FORGED!r})\n    except OSError: pass")
