@@ -690,7 +690,7 @@ class Jail(contextlib.AbstractContextManager):
     def probe(self) -> dict[str, bool]:
         """Return, for each thing that a child of the jail just tried, whether the system refused it."""
         with socket.create_server(("127.0.0.1", 0)) as listener, self.session(None) as session:
-            session.child.past.update(os.urandom(16))  # what the jail remembers has not been tried just now
+            session.child.part_with_memory()  # what the jail remembers has not been tried just now
             probe = PROBE.format(path=__file__, port=listener.getsockname()[1], parent=os.getpid())
             return session.run(probe).value or {"everything": False}
 
@@ -736,11 +736,15 @@ class Child:
         """Count an action, and give it its time."""
         self.actions += 1
         if UNFORESEEN.search(code):
-            self.past.update(os.urandom(16))  # from here on there is no other past like it
+            self.part_with_memory()
         if self.channel is None:
             self.untold.append([])  # should it need a process, its time begins with that
         else:
             self.give_time()
+
+    def part_with_memory(self) -> None:
+        """From here on there is no other past like this one: the jail remembers no reply to it."""
+        self.past.update(os.urandom(16))
 
     def give_time(self) -> None:
         """Let an action have its time, and the bytes that it can send, from now on."""
@@ -872,7 +876,7 @@ class Session(contextlib.AbstractContextManager):
 # verdicts, and the filter
 #
 # Each function stands on those before it: evaluate gives a verdict on a state and an answer; what_is_left runs code
-# that must not break, and accepts asks for a verdict that must not; check does so for all parts of a task, on one
+# that must not break, accepts asks for a verdict that must not, passes does both; check does so for all parts, on one
 # server; judge is the filter, which checks on one server and tries a part on each of the others. (verdict_on, which the
 # next scripts ask, hands a benchmark's task to the benchmark's own rules.)
 #
