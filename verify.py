@@ -213,7 +213,7 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
     parts = {}
     for tag in ("instruction", "evaluation_function", "solution", "failure_case"):
         closing = f"</{tag}>"
-        parts[tag] = [part.partition(closing)[0] for part in text.split(f"<{tag}>") if closing in part]
+        parts[tag] = [part.partition(closing)[0] for part in text.split(f"<{tag}>")[1:] if closing in part]
         if not parts[tag] or len(parts[tag]) > 1 and tag != "failure_case":
             times = f"{len(parts[tag])} times instead of once"
             raise TaskError("parse", f"<{tag}>…{closing} stands in the answer {times}")

@@ -138,6 +138,11 @@ def test_a_written_task_is_parsed():
     assert parse_task(fenced, "calculator", SEED) == CALCULATOR
 
 
+def test_a_part_begins_at_its_tag():
+    spoken = f"First the text, then </solution>, then three </failure_case> parts.\n{written(SHOP)}"
+    assert parse_task(spoken, "shop", SEED) == SHOP
+
+
 @pytest.mark.parametrize("text, reason", [
     ("", "<instruction>"),
     (written(SHOP, solution=None), "<solution>"),
@@ -149,6 +154,7 @@ def test_a_written_task_is_parsed():
     (written(SHOP, solution="x = '\0'"), "NUL"),
     (written(SHOP, instruction="\ud800"), "half a character"),
     (written(SHOP).replace("</instruction>", ""), "<instruction>"),
+    (written(SHOP).replace("<solution>", ""), "<solution>…</solution> stands in the answer 0 times"),
     ("<failure_case>" * 20_000, "<instruction>"),
 ])
 def test_an_incomplete_task_is_rejected_with_what_is_missing(text, reason):
