@@ -235,8 +235,8 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 #   what holds   Jail.probe: a child tries what the layers should refuse, and Jail.describe tells what was refused
 #   an action    Session.run, converse; Child.reply, ask; exchange
 #   at last      Session.close, Child.end; in the server serve, which kills
-# Each docstring says first what its layer stops. Two layers are in the chapters that follow, with what runs in a child:
-# STATE OUTSIDE (call_tool, Session.execute) and SERVERS THAT DIFFER (set_clock, ForkServer).
+# Each docstring says first what its layer stops. Three layers are in the next chapter, with what runs in a child: STATE
+# OUTSIDE (call_tool, which Session.execute answers), DATA ON A CHANNEL (plain), SERVERS THAT DIFFER (set_clock).
 
 def start_program(statement: str, **options: Any) -> subprocess.Popen:
     """NOTHING TO FIND stops the theft of secrets: a server is a new program, without this one's files and environment.
@@ -276,7 +276,7 @@ def exchange(channel: socket.socket, message: bytes, deadline: float, most: int)
 
 
 # INSIDE
-# (the servers and their children execute the text from here to OUTSIDE; `plain` works at both ends)
+# (the servers and their children execute the text from here to OUTSIDE, of which `plain` and `pack` serve outside, too)
 
 MEMORY_BYTES = 256 * 1024 * 1024  # of address space in a child
 PROCESSOR_SECONDS = 60            # in the life of a child
@@ -375,24 +375,6 @@ def seccomp_program() -> bytes:
         program += [(equal, 0, 1, numbers[column]), (give, 0, 0, allow)]
     program += [(give, 0, 0, error | 1)]  # EPERM, a PermissionError; for clone3, too: clone, its substitute, is refused
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
-
-
-def plain(value: Any, nesting: int = 50) -> Any:
-    """DATA ON A CHANNEL stops printed success, exit codes and objects that equal everything: none of them is True.
-
-    Return `value` as plain data, tuples as lists; raises ValueError for all else. In a child that is a courtesy; it is
-    the parent's own use of it that protects, and that of JSON, which can hold no object.
-    """
-    if value is None or isinstance(value, (int, float)) and abs(value) < 1e300:  # True and False are ints
-        return value
-    if isinstance(value, str):
-        return value.encode().decode()  # raises for half a surrogate pair, which no file could hold
-    if isinstance(value, (list, tuple)) and nesting:
-        return [plain(item, nesting - 1) for item in value]
-    if isinstance(value, dict) and nesting and all(isinstance(key, str) for key in value):
-        return {plain(key): plain(item, nesting - 1) for key, item in value.items()}
-    raise ValueError(f"{type(value).__name__}: only text, numbers below 1e300, True, False, None, lists and dicts with "
-                     "text as keys can leave the code, nested at most 50 times")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -517,6 +499,24 @@ def call_tool(channel: int, tool: str, /, *arguments: Any, **keywords: Any) -> A
     if "refusal" in reply:
         raise Refusal(reply["refusal"])
     return reply["value"]
+
+
+def plain(value: Any, nesting: int = 50) -> Any:
+    """DATA ON A CHANNEL stops printed success, exit codes and objects that equal everything: none of them is True.
+
+    Return `value` as plain data, tuples as lists; raises ValueError for all else. In a child that is a courtesy; it is
+    the parent's own use of it that protects, and that of JSON, which can hold no object.
+    """
+    if value is None or isinstance(value, (int, float)) and abs(value) < 1e300:  # True and False are ints
+        return value
+    if isinstance(value, str):
+        return value.encode().decode()  # raises for half a surrogate pair, which no file could hold
+    if isinstance(value, (list, tuple)) and nesting:
+        return [plain(item, nesting - 1) for item in value]
+    if isinstance(value, dict) and nesting and all(isinstance(key, str) for key in value):
+        return {plain(key): plain(item, nesting - 1) for key, item in value.items()}
+    raise ValueError(f"{type(value).__name__}: only text, numbers below 1e300, True, False, None, lists and dicts with "
+                     "text as keys can leave the code, nested at most 50 times")
 
 
 def send(channel: int, message: dict) -> None:
@@ -655,7 +655,7 @@ class Jail(contextlib.AbstractContextManager):
     """Where model-written code runs, an action in `seconds` at most. Its servers differ in their seeds and clocks.
 
     Raises JailError if the system cannot refuse files, network and processes to the code. `allow_weak`
-    accepts that: verdicts cannot be forged in a weak jail either, but the code can do what its user can.
+    accepts that: what code says of itself is no verdict in a weak jail either, but it can do what its user can.
     """
 
     def __init__(self, seconds: float = 2.0, allow_weak: bool = False):

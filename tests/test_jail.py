@@ -968,9 +968,11 @@ def test_a_given_time_is_the_same_on_every_server(jail):
     assert printed.startswith("(1970, 1, 1, 0, 0, 0) 1970 ") and printed.endswith("2025-03-01 00:00:00 2021-05-03\n")
 
 
-def test_an_evaluation_that_counts_its_calls_begins_anew_each_time(jail):
-    evaluation = "calls = 0\ndef evaluate(answer):\n    global calls\n    calls += 1\n    return calls == 1"
-    assert says(jail, evaluation, times=3) == [True, False, False]  # in one process it passes the solution, fails the rest
+@pytest.mark.parametrize("step, said", [("state += 1", [True, False, False, False]), ("state = not state", [True, False, True, False])],
+                         ids=["counts", "flips"])
+def test_an_evaluation_that_counts_its_calls_or_flips_begins_anew_each_time(jail, step, said):
+    evaluation = f"state = 0\ndef evaluate(answer):\n    global state\n    {step}\n    return state == 1"
+    assert says(jail, evaluation, times=4) == said  # in one process it passes the solution, and fails what comes next
     assert judge(jail, task_with(evaluation)).stage == "failures"  # in fresh ones it says True to the failures as well
 
 
@@ -1222,7 +1224,7 @@ def test_where_calls_cannot_be_filtered_a_flag_is_needed(monkeypatch):
         Jail()
 
 
-def test_verdicts_cannot_be_forged_in_a_weak_jail(monkeypatch):
+def test_only_a_returned_true_passes_in_a_weak_jail_too(monkeypatch):
     # That such evaluations pass other checks: CHEATS.
     monkeypatch.setattr("verify.MACHINES", {})
     with Jail(seconds=1.0, allow_weak=True) as weak:
