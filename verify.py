@@ -228,9 +228,13 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 #
 # A solution, a failure case, an evaluation, an executor's episode: each has a child of its own. A small program, the
 # fork server, forks it, because a fork of this process would copy its secrets, and cost what its memory costs; the
-# child confines itself before it runs anything. It is sent code as a line of JSON, through a channel, a pipe for both
-# ways. Where that calls a tool, the call comes back as data, is executed here on the episode's state, and its result is
-# sent down; at last come what was printed, and a value or an error. This process alone makes verdicts (`evaluate`).
+# child confines itself before it runs anything. Code is sent to it as a line of JSON through its channel, a pipe for
+# both ways. When the code calls a tool, the call comes up as data, this process executes it on the episode's state, and
+# sends the result down; at the end come up what was printed, and a value or an error. This process alone makes verdicts
+# of values (`evaluate`).
+#   Words. A process that forks becomes two that are alike; a child that has ended keeps its pid until its parent waits
+#   for it, which reaps it. A descriptor is the number of an open file or channel. A system call asks the kernel for
+#   something: prctl, to change what the process itself may do; seccomp has a filter, in BPF, decide on all later calls.
 #   at first     Jail, ForkServer.start, start_program; in the server serve; in a child confine, then live
 #   what holds   Jail.probe: a child tries what the layers should refuse, and Jail.describe tells what was refused
 #   an action    Session.run, converse; Child.reply, ask; exchange
@@ -244,14 +248,19 @@ def start_program(statement: str, **options: Any) -> subprocess.Popen:
     It imports what code may need, for a child can open no file, and executes the text from INSIDE to OUTSIDE and the
     statement. Nothing else of the project: with tools.py in its memory, code could compute the hidden states.
     """
-    # without datetime and uuid in C, which would not ask set_clock for the time, and OpenSSL, which takes megabytes
-    imports = ("import sys; sys.path.remove(''); sys.modules.update(_datetime=None, _uuid=None, _hashlib=None); "
-               f"import {', '.join(MODULES)}; from typing import Any, Callable")
-    file = os.path.abspath(__file__)
-    inside = f"open({file!r}, encoding='utf-8').read().partition('\\n# INSIDE\\n')[2].partition('\\n# OUTSIDE')[0]"
-    command = [sys.executable, "-S", "-B", "-c", f"{imports}; exec({inside})\n{statement}"]
+    program = f"""
+import sys
+sys.path.remove('')  # the current folder
+sys.modules.update(_datetime=None, _uuid=None, _hashlib=None)  # in C two ask no set_clock, and OpenSSL takes megabytes
+import {', '.join(MODULES)}
+from typing import Any, Callable
+text = open({os.path.abspath(__file__)!r}, encoding='utf-8').read()
+exec(text.partition('\\n# INSIDE\\n')[2].partition('\\n# OUTSIDE')[0])
+del text
+{statement}
+"""
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    return subprocess.Popen(command, **streams | {"env": {}, "cwd": "/"} | options)
+    return subprocess.Popen([sys.executable, "-S", "-B", "-c", program], **streams | {"env": {}, "cwd": "/"} | options)
 
 
 def exchange(channel: socket.socket, message: bytes, deadline: float, most: int) -> bytes:
@@ -276,18 +285,18 @@ def exchange(channel: socket.socket, message: bytes, deadline: float, most: int)
 
 
 # INSIDE
-# (the servers and their children execute the text from here to OUTSIDE, of which `plain` and `pack` serve outside, too)
+# (the servers and their children execute the text from here to OUTSIDE; some of it serves this process, too)
 
 MEMORY_BYTES = 256 * 1024 * 1024  # of address space in a child
 PROCESSOR_SECONDS = 60            # in the life of a child
 
 
 def serve(descriptor: int, seed: int, strong: bool) -> int:
-    """A PROCESS FOR EACH AUTHOR stops patched built-ins and walks through frames and gc; A KILL, what is still running.
+    """A PROCESS FOR EACH AUTHOR stops patched built-ins and walks through frames and gc; A KILL ends what still runs.
 
-    The fork server: sent 0 it replies with a child's pid and the channel to it, sent a pid it ends that child. It forks
-    a child before it is asked for, while the parent works with the one before, and reaps it only when it ends it, so
-    that a pid never comes to mean another process. It ends, with all children, when the control socket is closed.
+    The fork server: sent 0, it replies with a child's pid and the channel to it; sent a pid, it ends that child; when
+    the control socket is closed, it ends all children and itself. It forks each child ahead, while the parent works
+    with the one before. A child is reaped only here, when it is ended, so that no pid comes to mean another process.
     Only a child returns, confined, with its channel: so no frame of this function is above the code that it runs.
     """
     control, confine, children = socket.socket(fileno=descriptor), make_confine(strong), set()
@@ -298,8 +307,8 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
             break
         os.close(theirs)
         children.add(child)
-        while (request := control.recv(8)) != bytes(8):  # a pid: end it; nothing, the socket is closed: end all
-            for pid in struct.unpack("q", request) if request else children.copy():
+        while (request := control.recv(8)) != bytes(8):
+            for pid in struct.unpack("q", request) if request else list(children):  # no request: the socket is closed
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 children.remove(pid)
@@ -318,12 +327,12 @@ def make_confine(strong: bool) -> Callable[[], None]:
     """LIMITS stop a child that eats the memory, fills the disk (a core does, too), or computes on after its reply.
 
     Return the function by which a child, before it runs code, gives up what it does not need, for good: limits, and the
-    filter (of a `strong` jail). It finds all prepared, for each page of memory to which a child writes is copied.
+    filter (of a `strong` jail). All is prepared here: what a child writes to memory, it has to copy first, in pages.
     """
     import resource  # here, because Windows lacks it, and should get as far as being told so
     linux, server = sys.platform == "linux", os.getpid()
     limits = {resource.RLIMIT_CPU: PROCESSOR_SECONDS, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0,
-              resource.RLIMIT_NOFILE: 16}  # descriptors, of which a weak jail's child can open more
+              resource.RLIMIT_NOFILE: 16}  # descriptors, of which only a weak jail's child can open any
     if linux:
         limits[resource.RLIMIT_AS] = MEMORY_BYTES  # elsewhere missing, or less than Python itself occupies
         prctl = ctypes.CDLL(None).prctl
@@ -350,7 +359,7 @@ def make_confine(strong: bool) -> Callable[[], None]:
 # or makes a process or a descriptor; kill is missing, and so are fcntl and ioctl, by which a signal can be sent too.
 SYSTEM_CALLS = {
     "read": (0, 63), "write": (1, 64), "close": (3, 57), "fstat": (5, 80), "lseek": (8, 62), "mmap": (9, 222),
-    "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216), "madvise": (28, 233),
+    "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216),
     "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132),
     "sched_yield": (24, 124), "nanosleep": (35, 101), "clock_gettime": (228, 113), "clock_getres": (229, 114),
     "clock_nanosleep": (230, 115), "select": (23, 72), "pselect6": (270, 72), "futex": (202, 98), "getpid": (39, 172),
@@ -364,7 +373,7 @@ def seccomp_program() -> bytes:
     """A FILTER OF SYSTEM CALLS stops opening files and connections, starting processes, and sending signals.
 
     Return it in the kernel's BPF: SYSTEM_CALLS are allowed, others fail, and those in another machine's numbers kill.
-    An instruction is an operation, how many to skip if equal and if not, and what to load, compare with, or give.
+    An instruction is an operation, how many instructions to skip if equal, and if not, and the operation's operand.
     """
     column, architecture = MACHINES[os.uname().machine]
     load, equal, give = 0x20, 0x15, 0x06  # BPF_LD | BPF_W | BPF_ABS, BPF_JMP | BPF_JEQ | BPF_K, BPF_RET | BPF_K
@@ -373,7 +382,7 @@ def seccomp_program() -> bytes:
     program += [(load, 0, 0, 0)]                                                  # ... and at 0 the number of the call
     for numbers in SYSTEM_CALLS.values():
         program += [(equal, 0, 1, numbers[column]), (give, 0, 0, allow)]
-    program += [(give, 0, 0, error | 1)]  # EPERM, a PermissionError; for clone3, too: clone, its substitute, is refused
+    program += [(give, 0, 0, error | 1)]  # EPERM, in Python a PermissionError
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
@@ -383,11 +392,11 @@ def seccomp_program() -> bytes:
 MESSAGE_BYTES = 1024 * 1024   # in a message on the channel
 PRINTED_CHARACTERS = 20_000   # kept of the output of an action
 ERROR_CHARACTERS = 1_000      # kept of a traceback, half of them at its beginning
-ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of an object, which differs from process to process
+ADDRESS = re.compile(" at 0x[0-9a-f]{6,}(?=[>,:])")  # of an object, which differs from process to process
 CLOCK_SECONDS = 11_575 * 86_400 + 7 * 3600 + 23 * 60 + 23.37  # by which, or a multiple, the servers' clocks differ
 
-# What code can import: a child cannot open files, so the server imports what a child may need. (Not threading and what
-# stands on it, such as logging: what it does after each fork takes a quarter of the time of a fork.)
+# What code can import: a child cannot open files, so the server imports what it may need. (That the like of ctypes, os
+# and socket do no harm is due to the filter. Threading, and what stands on it, would add a quarter to a fork's time.)
 MODULES = """abc array ast base64 bisect calendar cmath codecs collections.abc contextlib copy csv ctypes
     dataclasses datetime decimal difflib encodings.ascii encodings.latin_1 encodings.rot_13 enum fractions functools
     gc hashlib heapq inspect io itertools json linecache math numbers operator os pprint random re resource secrets
@@ -413,7 +422,7 @@ def prepare_server(seed: int) -> None:
 
 
 def set_clock(ahead: float) -> None:
-    """SERVERS THAT DIFFER stop verdicts that follow hashes, chance or the date: each has its own seeds and clock.
+    """SERVERS THAT DIFFER in seeds and clocks stop verdicts that follow hashes or the date, and most that draw lots.
 
     Code of this process, and so of its children, sees the time of so many seconds ahead, unless it goes out of its way.
     """
@@ -553,7 +562,7 @@ REPLIES = 50_000     # that a jail remembers
 REPLY_BYTES = 4_096  # of the longest, together with the message that it answers
 # What differs from child to child: clocks, chance without a seed, numbers of processes, addresses. Of code that names
 # one of these, and of all that follows it, a jail finds no reply again.
-UNFORESEEN = re.compile(r"time|getrusage|urandom|getrandom|Random\b|seed\(\s*(a\s*=\s*)?(None)?\s*\)|secrets|uuid|"
+UNFORESEEN = re.compile(r"time|getrusage|urandom|getrandom|Random\b|seed\(\s*(a\s*=\s*)?(None\s*)?\)|secrets|uuid|"
                         r"getpid|native_id|\b(id|hash)\(")
 
 
@@ -579,10 +588,11 @@ class Outcome:
 
 def observation(outcome: Outcome) -> str:
     """Return what the model sees of an outcome: what was printed, cut if it is long, and the error."""
-    printed = outcome.printed.strip("\n")
+    printed = outcome.printed.removesuffix("\n")
     if len(printed) > OBSERVATION_CHARACTERS:
         printed = f"{printed[:OBSERVATION_CHARACTERS]}\n… (cut after {OBSERVATION_CHARACTERS:,} characters)"
-    return "\n".join(filter(None, [printed, outcome.error])) or "(no output: only what the code prints is shown)"
+    seen = "\n".join(filter(None, [printed.strip("\n"), outcome.error]))
+    return seen or "(no output: only what the code prints is shown)"
 
 
 class ForkServer:
@@ -644,9 +654,10 @@ class ForkServer:
                     raise
                 if channels:
                     return self.control, struct.unpack("q", pid)[0], socket.socket(fileno=channels[0])
-                self.stop()
-                if pid:
+                if pid:  # of a child whose channel could not be received
+                    self.control.sendall(pid)
                     raise JailError("the jail can open no more channels: too many files are open (see ulimit -n)")
+                self.stop()
                 self.start()
         raise JailError("the jail's servers end as soon as they start: is the system out of memory or processes?")
 
@@ -655,7 +666,7 @@ class Jail(contextlib.AbstractContextManager):
     """Where model-written code runs, an action in `seconds` at most. Its servers differ in their seeds and clocks.
 
     Raises JailError if the system cannot refuse files, network and processes to the code. `allow_weak`
-    accepts that: what code says of itself is no verdict in a weak jail either, but it can do what its user can.
+    accepts that: what code says of itself is no verdict there either, but it can do what its user can.
     """
 
     def __init__(self, seconds: float = 2.0, allow_weak: bool = False):
@@ -665,7 +676,7 @@ class Jail(contextlib.AbstractContextManager):
         known = sys.platform == "linux" and os.uname().machine in MACHINES
         for self.strong in [True] * known + [False] * allow_weak:
             self.servers = [ForkServer(seed, self.strong) for seed in range(1, 2 + REPEATS)]  # all that judge asks
-            if all(self.probe().values()) or not self.strong:
+            if (held := self.probe()) and all(held.values()) or not self.strong:
                 return
             self.close()
         raise JailError("this system does not filter system calls (or is too busy, or too limited by ulimit, to try it "
@@ -688,16 +699,17 @@ class Jail(contextlib.AbstractContextManager):
         return Session(self, environment, replica)
 
     def probe(self) -> dict[str, bool]:
-        """Return, for each thing that a child of the jail just tried, whether the system refused it."""
+        """Return, for each thing that a child of the jail just tried, whether the system refused it; {} if it died."""
         with socket.create_server(("127.0.0.1", 0)) as listener, self.session(None) as session:
             session.child.part_with_memory()  # what the jail remembers has not been tried just now
+            session.child.seconds = 20.0  # a machine that is busy is not one that lacks a layer
             probe = PROBE.format(path=__file__, port=listener.getsockname()[1], parent=os.getpid())
-            return session.run(probe).value or {"everything": False}
+            return session.run(probe).value or {}
 
     def describe(self) -> str:
         """Return a line for the user about what the jail refuses to model-written code, as tried out just now."""
         tried = ", ".join(f"{what} is {'refused' if held else 'POSSIBLE'}" for what, held in self.probe().items())
-        return f"jail: {'strong' if self.strong else 'WEAK'}: {tried}"
+        return f"jail: {'strong' if self.strong else 'WEAK'}: {tried or 'just now it could not be tried out'}"
 
 
 PROBE = """
@@ -726,7 +738,7 @@ class Child:
     """
 
     def __init__(self, jail: Jail, replica: int):
-        self.jail, self.replica = jail, replica
+        self.jail, self.replica, self.seconds = jail, replica, jail.seconds
         self.channel: socket.socket | None = None  # to the process, while there is one
         self.actions = 0  # that were begun
         self.untold: list[list[tuple[bytes, bytes]]] = []  # of each action, messages with their replies
@@ -748,7 +760,7 @@ class Child:
 
     def give_time(self) -> None:
         """Let an action have its time, and the bytes that it can send, from now on."""
-        self.deadline, self.bytes_left = time.monotonic() + self.jail.seconds, ACTION_BYTES
+        self.deadline, self.bytes_left = time.monotonic() + self.seconds, ACTION_BYTES
 
     def reply(self, message: bytes) -> Any:
         """Return the reply to the next message as plain data, from memory or from the process; or raise ChildLost."""
@@ -786,7 +798,7 @@ class Child:
         try:
             line = exchange(self.channel, message, self.deadline, min(MESSAGE_BYTES, self.bytes_left))
         except TimeoutError:
-            raise ChildLost(f"the code took longer than {self.jail.seconds:g} seconds") from None
+            raise ChildLost(f"the code took longer than {self.seconds:g} seconds") from None
         except OSError:
             raise ChildLost("the code ended or crashed its process, perhaps for lack of memory, or sent "
                             "too much") from None
@@ -797,6 +809,7 @@ class Child:
         """Have the process killed, if there is one."""
         if self.channel is not None:
             self.channel.close()
+            self.channel = None  # so that it is not killed twice, by a pid that means nothing any more
             with contextlib.suppress(OSError):  # a server that is gone has (on Linux) taken its children along
                 self.control.sendall(struct.pack("q", self.pid))
 
@@ -839,9 +852,9 @@ class Session(contextlib.AbstractContextManager):
             self.child.begin_action(code)
             return self.converse(message)
         except ChildLost as loss:
-            lost = "; the variables of earlier actions are lost" if self.child.actions > 1 else ""
+            lost = "and the variables of earlier actions are" if self.child.actions > 1 else "is"
             self.close()
-            return Outcome("", f"{loss}{lost}")
+            return Outcome("", f"{loss}; what it printed {lost} lost")
 
     def converse(self, message: bytes) -> Outcome:
         """Send a request, then the result of each tool call that is the reply; return the outcome that is the last."""

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import resource
 import signal
 import socket
 import struct
@@ -196,6 +197,10 @@ def test_an_observation_shows_output_and_error_and_marks_a_cut(jail):
     assert observation(run(jail, "print(object())")) == "<object object>"  # no address, which differs from run to run
     assert observation(run(jail, "def f(): pass\n[1].index(f)")).endswith("ValueError: <function f> is not in list")
     assert observation(run(jail, "print('x' * 5_000)")).endswith("x\n… (cut after 4,000 characters)")
+    assert observation(run(jail, "print('x' * 4_000)")) == "x" * 4_000
+    for lines in (19_990, 20_000, 30_000):  # an end that the cap of what is kept has swallowed is a cut as well
+        assert observation(run(jail, f"print('\\n' * {lines} + 'hello world')")) == "… (cut after 4,000 characters)"
+    assert observation(run(jail, "print('meet at 0xff, at 0xfedcba9876')")) == "meet at 0xff, at 0xfedcba9876"
 
 
 def test_values_are_plain_data_or_say_what_is_none(jail):
@@ -221,7 +226,7 @@ def test_after_a_timeout_the_session_goes_on_without_its_variables(jail):
     with jail.session(make_environment("calculator", SEED)) as session:
         session.run("x = 1")
         assert "variables of earlier actions are lost" in session.run("while True: pass").error
-        assert session.run("while True: pass").error == "the code took longer than 1 seconds"  # of which there were none
+        assert session.run("while True: pass").error == "the code took longer than 1 seconds; what it printed is lost"  # no variables
         assert session.run("result = 'x' in globals()").value is False
         assert "NameError" in session.run("print(x)").error
         assert session.run("print(amount('tea'))").printed == f"{TEA}\n"
@@ -1080,6 +1085,15 @@ def test_code_that_looks_at_what_nobody_foresees_is_as_in_a_notebook(look):
         assert printed[0] != printed[1]
 
 
+def test_no_source_keeps_the_parent_busy(jail):
+    """It looks through sources before their time begins: a search that goes back and forth would hold up all sessions."""
+    for start in ("seed(", "seed(a=", "seed(a", "seed(None", "seed(" * 10_000, "id", "R", "t"):
+        source = f"#{start}"
+        start = time.process_time()
+        assert run(jail, source + " " * (65_000 - len(source)) + "x").error is None
+        assert time.process_time() - start < 0.5  # a few milliseconds; the search that was here once took ten seconds
+
+
 def test_code_is_never_told_what_its_variables_do_not_hold():
     """What hides from the jail that it looks at a clock is remembered, but then found out."""
     look = "now = __import__('ti' + 'me').perf_counter_ns()\nprint(now)"
@@ -1210,6 +1224,38 @@ def test_what_holds_is_tried_out_each_time_it_is_told(monkeypatch):
         monkeypatch.setattr(socket, "create_server", lambda _: create_server(address))  # so that the jail could remember
         monkeypatch.setattr(ForkServer, "child", lambda server: children.append(server) or start_child(server))
         assert jail.describe() == jail.describe() and len(children) == 2
+
+
+def test_a_busy_machine_is_not_one_that_lacks_a_layer(monkeypatch):
+    with Jail(seconds=1e-9, allow_weak=True) as hurried:
+        assert hurried.strong and "POSSIBLE" not in hurried.describe()
+        assert "took longer" in run(hurried, "x = 1").error
+        monkeypatch.setattr("verify.PROBE", "import os; os._exit(0)")
+        assert hurried.describe() == "jail: strong: just now it could not be tried out"
+
+
+def test_where_too_many_files_are_open_the_sessions_go_on(jail):
+    with jail.session(None) as session, contextlib.ExitStack() as held:
+        session.run("x = 1")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+        held.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                held.enter_context(open(os.devnull))
+        with pytest.raises(JailError, match="ulimit -n"):
+            run(jail, "x = 2")
+        assert session.run("print(x)").printed == "1\n"
+
+
+def test_a_child_is_ended_once(jail):
+    with jail.session(None) as sibling, jail.session(None) as session:
+        sibling.run("x = 1")
+        session.run("x = 2")
+        child = session.child
+        session.close()
+        child.end()  # after an interrupt a session may be closed again
+        assert sibling.run("print(x)").printed == "1\n"
 
 
 def test_windows_is_sent_to_wsl(monkeypatch):
