@@ -32,13 +32,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 
 SEED = 3
 TEA = make_environment("calculator", SEED).state["tea"]
 SECRET = "planted-secret"
+HELD = {"hidden": [SECRET]}  # by this process, when it starts the jail
 
 
 @pytest.fixture(scope="module")
 def jail():
     others = descendants()  # that other tests have left running
     with Jail(seconds=1.0) as jail:
-        jail.replies, jail.others = Forgetful(), others
+        jail.replies, jail.others, jail.descriptors = Forgetful(), others, open_descriptors(jail)[0]
         yield jail
 
 
@@ -51,39 +52,59 @@ class Forgetful(dict):
 
 @pytest.fixture(autouse=True)
 def nothing_is_poisoned_or_left(jail):
-    """After each test, an honest check works on each server, and only the servers and their spare children live."""
+    """After each test, an honest task passes on each server, and only the servers and their spare children live."""
     check_honestly(jail)
-    descriptors = len(os.listdir("/proc/self/fd"))
+    assert settled(jail)
     yield
     check_honestly(jail)
-    assert settled(jail), descendants()
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert settled(jail), (processes(), open_descriptors(jail))
 
 
 def check_honestly(jail):
     for replica in range(len(jail.servers)):
-        with jail.session(make_environment("calculator", SEED), replica) as session:
-            assert session.run("result = amount('tea')\nprint('tea', result)").printed == f"tea {TEA}\n"
-            assert session.run("pass").value == TEA
+        with jail.session(world := make_environment("calculator", SEED), replica) as session:
+            outcome = session.run("result = amount('tea')\nprint('tea', result)")
+        assert outcome.printed == f"tea {TEA}\n"
+        honest = task_with("def evaluate(answer): return answer == amount('tea')")
+        assert evaluate(jail, honest, world, outcome.value, replica).passed is True
+        assert evaluate(jail, honest, world, outcome.value + 1, replica).passed is False
+
+
+def open_descriptors(jail):
+    """How many files this process has open, and each server."""
+    return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (os.getpid(), *(server.process.pid for server in jail.servers))]
 
 
 def settled(jail):
-    """Whether the new processes below this one are, an instant later at most, each server and one spare child of it."""
+    """Whether, an instant later at most, there are each server and one spare child of it, and no other new process.
+
+    Neither below this process nor, where one has lost its parent, in the session that each server began. And whether
+    this process has as many files open as at the beginning, and each server five.
+    """
     for _ in range(100):
-        if len(descendants() - jail.others) == 2 * len(jail.servers):
+        servers = {server.process.pid for server in jail.servers}
+        begun = {pid for pid, (_, session) in processes().items() if session in servers}
+        alone = len(begun) == 2 * len(servers) and descendants() - jail.others == begun
+        if alone and open_descriptors(jail) == [jail.descriptors, *[5] * len(servers)]:
             return True
         time.sleep(0.02)
     return False
 
 
-def descendants():
-    """The pids of all processes below this one."""
-    parents = {}
+def processes():
+    """The parent and the session of each process."""
+    found = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{entry}/stat") as file:
-            parents[int(entry)] = int(file.read().rpartition(")")[2].split()[1])
-    family = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+            _, parent, _, session, *_ = file.read().rpartition(")")[2].split()
+            found[int(entry)] = int(parent), int(session)
+    return found
+
+
+def descendants():
+    """The pids of all processes below this one."""
+    family, found = {os.getpid()}, processes()
+    while more := {pid for pid, (parent, _) in found.items() if parent in family} - family:
         family |= more
     return family - {os.getpid()}
 
@@ -161,6 +182,12 @@ def test_a_long_error_keeps_its_beginning_and_its_end(jail):
     error = run(jail, "numbers = list(range(10_000))\nfloat(str(numbers))").error
     assert error.startswith("<action 1>, line 2: float(str(numbers))\nValueError: could not convert string to float: '[0, 1")
     assert " … " in error and error.endswith("9998, 9999]'") and len(error) == 1_000
+
+
+def test_an_error_of_a_million_characters_is_cut(jail):
+    code = "raise ValueError('x' * 10**6)"
+    assert len(bare(code).stderr) > 10**6
+    assert len(run(jail, code).error) == 1_000
 
 
 def test_a_forged_outcome_is_not_longer_than_an_honest_one(jail, monkeypatch):
@@ -371,7 +398,6 @@ BREAKING = {
     "source_that_crashes_the_compiler": "import sys; sys.setrecursionlimit(10**9)\ncompile('a' + '.b' * 10**6, '', 'exec')",
     "an_error_without_text": "raise type('E', (BaseException,), {'__str__': lambda self: 1 / 0})",
     "an_error_whose_text_is_endless_recursion*": "class E(Exception):\n    def __str__(self): return str(self)\nraise E",
-    "an_error_of_a_million_characters*": "raise ValueError('x' * 10**6)",
     "closed_streams": "import sys; sys.stdout.close(); sys.stderr.close(); print(1)",
 }
 
@@ -385,6 +411,15 @@ def test_code_that_breaks_its_process_gets_an_error(jail, name):
     assert outcome.error and len(outcome.error) <= 1_100 and "after" not in outcome.printed
 
 
+@pytest.mark.parametrize("name", ["sys_exit", "SystemExit", "KeyboardInterrupt"])
+def test_an_exit_that_is_an_exception_ends_its_action_alone(jail, name):
+    assert bare(f"x = 1\n{BREAKING[name]}\nprint(x)").stdout == ""
+    with jail.session(None) as session:
+        session.run("x = 1")
+        assert name.removeprefix("sys_").title()[:4] in session.run(BREAKING[name]).error.title()
+        assert session.run("print(x)").printed == "1\n"
+
+
 def test_an_error_that_never_finds_its_words_is_ended(jail):
     code = "class E(Exception):\n    def __str__(self):\n        while True: pass\nraise E"
     with pytest.raises(subprocess.TimeoutExpired):
@@ -393,16 +428,28 @@ def test_an_error_that_never_finds_its_words_is_ended(jail):
 
 
 @pytest.mark.parametrize("code", ["x = 1\0", "x = '\ud800'", None, 5], ids=["NUL", "surrogate", "None", "number"])
-def test_what_is_no_source_is_rejected_before_it_reaches_a_child(jail, code):
+def test_what_is_no_source_is_rejected_before_it_reaches_a_child(jail, monkeypatch, code):
     with pytest.raises((ValueError, TypeError)):
-        bare(code)  # a bare process cannot even be started on it: that would be an exception in the parent
+        bare(code)  # a process cannot even be started on it: that would be an exception in the parent
     assert run(jail, code).error.startswith("the code ")
+    monkeypatch.setattr("verify.text_problem", lambda text: None)
+    if isinstance(code, str):  # the next that looks at it rejects it: the child's Python, or `plain`
+        assert "null bytes" in run(jail, code).error or "cannot reach the code" in run(jail, code).error
+    else:
+        with pytest.raises(TypeError):
+            run(jail, code)
 
 
-@pytest.mark.parametrize("code", ["x = 1 #" + "x" * 70_000, ""], ids=["huge", "empty"])
-def test_a_source_of_no_sensible_size_is_rejected_before_it_reaches_a_child(jail, code):
-    # That it would do harm cannot be shown: it spares the time of parsing, and the model's question what there was to see.
-    assert run(jail, code).error.startswith("the code ")
+def test_a_huge_source_is_rejected_before_it_reaches_a_child(jail, monkeypatch):
+    code = "x = [" + "[0]," * 200_000 + "]"
+    assert run(jail, code).error == "the code is longer than 65,536 characters"
+    monkeypatch.setattr("verify.SOURCE_CHARACTERS", 10**7)
+    assert "(of 256 MB)" in (error := run(jail, code).error) or "perhaps for lack of memory" in error  # merely to parse it
+
+
+def test_an_empty_source_is_rejected(jail):
+    # It does no harm; but a model is told what there was to see.
+    assert run(jail, "").error == "the code is empty or not text"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -434,7 +481,7 @@ SYSTEM_ATTACKS = {
     "shared_memory": "path = '/dev/shm/jail-' + str(os.getpid()); open(path, 'w').close(); os.remove(path)",
     "memory_in_a_file": "os.memfd_create('x')",  # which no limit on the address space sees
     # network
-    "tcp": "socket.create_connection(('127.0.0.1', {tcp})).sendall(b'x')",
+    "tcp": "stream = socket.socket(); stream.connect(('127.0.0.1', {tcp})); stream.sendall(b'x')",
     "udp": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {udp}))",
     "unix_socket": "socket.socket(socket.AF_UNIX).connect({folder!r} + '/unix')",
     "listen": "socket.create_server(('127.0.0.1', 0))",
@@ -444,11 +491,13 @@ SYSTEM_ATTACKS = {
     "a_pipe": "os.pipe()",
     "a_copy_of_a_descriptor": "os.dup(0)",
     # processes
-    "fork": "pid = os.fork() or os._exit(0); os.waitpid(pid, 0)",
+    "fork": "if os.fork() == 0: os._exit(0)",
+    "a_fork_bomb": "for _ in range(20):\n    if os.fork() == 0: time.sleep(0.1); os._exit(0)",  # a small one
     "a_fork_that_outlives_its_deadline": "if os.fork() == 0: time.sleep(0.2); open({folder!r} + '/late', 'w').close(); os._exit(0)",
     "start_a_program": "os.waitpid(os.posix_spawn('/bin/true', ['true'], {{}}), 0)",
     "become_a_program": "os.execv('/bin/echo', ['echo', 'got'])",
-    "a_thread": "import _thread; _thread.start_new_thread(print, ())",
+    "a_thread": "import _thread; _thread.start_new_thread(str, ())",
+    "a_thread_bomb": "import _thread\nfor _ in range(100): _thread.start_new_thread(time.sleep, (0.1,))",
     "a_session_of_its_own": "os.setsid()",
     "outlive_the_server": "assert libc.prctl(1, 0, 0, 0, 0) == 0",  # no death with the parent any more
     "be_traced": "assert libc.ptrace(0, 0, 0, 0) == 0",
@@ -513,6 +562,9 @@ def world(folder):
             victim.communicate()
 
 
+REFUSED = re.compile("PermissionError|not permitted|AssertionError|can't start new thread|not allowed to raise|No module named 'planted_module'")
+
+
 @pytest.mark.parametrize("attack", SYSTEM_ATTACKS.values(), ids=SYSTEM_ATTACKS)
 def test_the_system_refuses(jail, attack, tmp_path):
     code = "import ctypes, os, resource, signal, socket, time\nlibc = ctypes.CDLL(None)\n" + attack + "\nprint('got')"
@@ -521,7 +573,7 @@ def test_the_system_refuses(jail, attack, tmp_path):
     with world(tmp_path / "jailed") as (targets, unharmed):
         outcome = run(jail, code.format(**targets))
         time.sleep(0.3 if "late" in attack else 0)
-        assert outcome.error and "got" not in outcome.printed
+        assert REFUSED.search(outcome.error) and outcome.printed == ""
         assert unharmed()
 
 
@@ -599,9 +651,13 @@ print('got')
 
 def test_there_are_no_environment_variables(jail, monkeypatch):
     monkeypatch.setenv("SECRET", SECRET)
-    code = "import os, ctypes\nprint(dict(os.environ), ctypes.c_char_p.in_dll(ctypes.CDLL(None), 'environ').value)"
+    code = ("import os, ctypes\nlibc = ctypes.CDLL(None)\nlibc.getenv.restype = ctypes.c_char_p\n"
+            "print(dict(os.environ), libc.getenv(b'SECRET'), libc.getenv(b'PYTHONHASHSEED'))")
     assert SECRET in subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True).stdout
-    assert SECRET not in run(jail, code).printed and run(jail, "import os\nprint(dict(os.environ))").printed == "{}\n"
+    with Jail() as fresh:  # whose servers start when there is something to inherit
+        assert run(fresh, code).printed == "{} None None\n"
+        for server in fresh.servers:  # of what they were started with, which stays in memory
+            assert SECRET not in Path(f"/proc/{server.process.pid}/environ").read_text()
 
 
 def test_there_are_no_open_files(jail, tmp_path):
@@ -620,7 +676,8 @@ print(len(open_descriptors))
         os.set_inheritable(held.fileno(), True)
         process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, close_fds=False)
         assert int(process.stdout) >= 4
-        assert run(jail, code).printed == "4\n"
+        with Jail() as fresh:
+            assert run(fresh, code).printed == "4\n"
 
 
 def test_the_standard_streams_lead_nowhere(jail, capfd):
@@ -628,6 +685,8 @@ def test_the_standard_streams_lead_nowhere(jail, capfd):
     assert "planted" in bare(code).stdout
     assert run(jail, code).printed == "b''\n"
     assert capfd.readouterr() == ("", "")
+    for server in jail.servers:  # that nothing was written is also due to the limit on the size of files
+        assert {os.readlink(f"/proc/{server.process.pid}/fd/{fd}") for fd in range(3)} == {"/dev/null"}
 
 
 def test_there_is_no_code_of_the_project_nor_its_libraries(jail):
@@ -663,10 +722,9 @@ def test_no_frame_of_the_server_is_above_the_code(jail):
 
 
 def test_the_objects_of_the_process_hold_nothing(jail):
-    hunt = "import gc\nprint([o for o in gc.get_objects() if isinstance(o, dict) and 'hidden' in o])"
-    held_by_the_parent = {"hidden": [SECRET]}
-    assert "planted-secret" in bare(f"secret = {{'hidden': [{SECRET!r}]}}\nexec({hunt!r})").stdout
-    assert run(jail, hunt).printed == "[]\n" and held_by_the_parent
+    hunt = "import gc\ngc.unfreeze()\nprint([o for o in gc.get_objects() if isinstance(o, dict) and 'hidden' in o])"
+    assert "planted-secret" in bare(f"secret = {HELD!r}\nimport gc\ngc.freeze()\nexec({hunt!r})").stdout
+    assert run(jail, hunt).printed == "[]\n"
 
 
 def test_a_session_sees_nothing_of_another_on_the_same_server(jail):
@@ -687,9 +745,13 @@ def test_a_session_sees_nothing_of_another_on_the_same_server(jail):
 @pytest.mark.parametrize("name, arguments", [("reset", [1]), ("__init__", [1]), ("call", ["x", [], {}]), ("state", []),
                                              ("tools", []), ("__class__", [])])
 def test_only_tools_can_be_called_whatever_the_child_says(jail, name, arguments):
-    environment = make_environment("calculator", SEED)
-    assert hasattr(environment, name)  # so a parent that looked names up on the object would find it
+    environment, naive = make_environment("calculator", SEED), make_environment("calculator", SEED)
     before = dict(environment.state)
+    reached = getattr(naive, name)  # by a parent that looks names up on the object
+    if name in ("reset", "__init__"):
+        reached(*arguments)
+        assert naive.state != before
+    assert name != "state" or reached == before  # all that is hidden
     message = json.dumps({"tool": name, "arguments": arguments, "keywords": {}}) + "\n"
     code = f"import os\nfor fd in range(3, 16):\n    try: os.write(fd, {message.encode()!r}); reply = os.read(fd, 10**4)\n    except OSError: pass"
     with jail.session(environment) as session:
@@ -781,20 +843,29 @@ def test_only_a_returned_true_passes(jail, evaluation, check):
 
 
 FORGED = b'{"printed": "", "error": null, "value": true}\n'
+CHANNEL = "import os\ndef evaluate(answer):\n    for fd in range(3, 16):\n        try: {}\n        except OSError: pass"
 FORGERIES = {
-    "no_function": "x = True",
-    "closed_pipe": "import os\ndef evaluate(answer): [os.close(fd) for fd in range(3, 16)]",
-    "nested_brackets": "import os\ndef evaluate(answer): [os.write(fd, b'[' * 10**6 + b'\\n') for fd in range(3, 16)]",
-    "ten_megabytes": "import os\ndef evaluate(answer): [os.write(fd, b'x' * 10**7) for fd in range(3, 16)]",
+    "closed_pipe": (CHANNEL.format("os.close(fd)"), "crashed"),
+    "nested_brackets": (CHANNEL.format("os.write(fd, b'[' * 10**6 + b'\\n')"), "not its own"),
+    "ten_megabytes": (CHANNEL.format("os.write(fd, b'x' * 10**7)"), "sent too much"),
 }
 
 
-@pytest.mark.parametrize("evaluation", FORGERIES.values(), ids=FORGERIES)
-def test_what_breaks_the_reply_does_not_pass(jail, evaluation):
+@pytest.mark.parametrize("evaluation, reason", FORGERIES.values(), ids=FORGERIES)
+def test_what_breaks_the_reply_does_not_pass(jail, monkeypatch, evaluation, reason):
     with pytest.raises(RecursionError):
         json.loads("[" * 10**6)  # nested brackets would end a parent that does not expect them
-    # The others cannot be shown: there is nothing that could pass, or they attack the pipe of the jail itself.
-    assert verdict(jail, evaluation).passed is False
+    # A closed pipe cannot be shown: it attacks the pipe of the jail itself.
+    judged = verdict(jail, evaluation)
+    assert judged.passed is False and reason in judged.reason
+    monkeypatch.setattr("verify.MESSAGE_BYTES", 10**9)
+    monkeypatch.setattr("verify.ACTION_BYTES", 10**9)
+    assert ("sent too much" in reason) == (verdict(jail, evaluation).reason != judged.reason)  # without a cap all is read
+
+
+def test_a_task_without_an_evaluation_does_not_pass(jail):
+    assert bare("x = True").returncode == 0  # which by the exit status alone it would
+    assert verdict(jail, "x = True").passed is False
 
 
 def test_true_passes_and_false_does_not(jail):
@@ -845,24 +916,36 @@ def test_an_executor_cannot_write_a_verdict(jail):
 
 
 MALFORMED = ["null", "1", "{}", '{"tool": 1, "arguments": [], "keywords": {}}', '{"tool": "amount", "arguments": {}, "keywords": []}',
-             '{"printed": 1, "error": null, "value": null}', '{"printed": "", "error": null}', "NaN",
-             '{"printed": "", "error": null, "value": 1e999}', "no json", '"\\ud800"', "9" * 5_000, "[" * 50_000]
+             '{"printed": 1, "error": null, "value": null}', '{"printed": "", "error": null}', "no json", "9" * 5_000, "[" * 50_000]
+NO_DATA = ["NaN", "1e999", '"\\ud800"', "[" * 60 + "]" * 60, "[" * 400 + "]" * 400]
+REPLY = "import os\nfor fd in range(3, 16):\n    try: os.write(fd, {!r} + b'\\n')\n    except OSError: pass\nwhile True: pass"
 
 
-MALFORMED_CODE = "import os\nfor fd in range(3, 16):\n    try: os.write(fd, b'no json\\n')\n    except OSError: pass\nwhile True: pass"
+def believe(message, environment):
+    """What a parent does that expects nothing but what the code of the jail sends."""
+    reply = json.loads(message)
+    if "tool" in reply:
+        return getattr(environment, reply["tool"])(*reply["arguments"], **reply["keywords"])
+    return reply["printed"] + "", reply["error"], reply["value"]
 
 
 @pytest.mark.parametrize("message", MALFORMED, ids=lambda message: message[:20])
 def test_a_malformed_message_ends_the_child(jail, message):
-    if message in ("no json", "9" * 5_000, "[" * 50_000):
-        with pytest.raises((ValueError, RecursionError)):
-            json.loads(message)  # a parent that does not expect it would end
-    # That the others would do harm cannot be shown: there is no parent here that believes them.
-    code = f"import os\nfor fd in range(3, 16):\n    try: os.write(fd, {message.encode()!r} + b'\\n')\n    except OSError: pass\nwhile True: pass"
+    with pytest.raises((TypeError, KeyError, ValueError, RecursionError)):
+        believe(message, make_environment("calculator", SEED))
+    assert "not its own" in run(jail, REPLY.format(message.encode())).error
+
+
+@pytest.mark.parametrize("value", NO_DATA, ids=lambda value: value[:20])
+def test_a_reply_with_a_value_that_is_no_data_ends_the_child(jail, monkeypatch, value):
+    code = REPLY.format(f'{{"printed": "", "error": null, "value": {value}}}'.encode())
     assert "not its own" in run(jail, code).error
+    monkeypatch.setattr("verify.plain", lambda value, nesting=50: value)
+    outcome = run(jail, code)
+    assert outcome.error is None and outcome.value is not None  # it gets through
 
 
-@pytest.mark.parametrize("depth", range(44, 56))
+@pytest.mark.parametrize("depth", [*range(44, 56), 496])
 def test_data_at_the_limit_of_nesting_never_harms_the_parent(jail, depth):
     deep = 1
     for _ in range(10_000):
@@ -880,13 +963,14 @@ def test_data_at_the_limit_of_nesting_never_harms_the_parent(jail, depth):
     assert judge(jail, task).stage in ("runs", "solution")
 
 
-@pytest.mark.parametrize("code", ["amount('x' * 900_000)", "amount('\\uffff' * 100_000)", "amount(**{'x' * 900_000: 1})"],
+@pytest.mark.parametrize("code", ["amount('\\\\' * 500_000)", "amount('\\uffff' * 150_000)", "amount('tea', **{'\\\\' * 500_000: 1})"],
                          ids=["long", "wide", "keyword"])
-def test_a_refusal_that_quotes_a_long_argument_never_harms_the_parent(jail, code):
-    # The refusal would be longer than a message may be: written in JSON, a character takes up to six bytes.
-    with pytest.raises(ValueError, match="more than"):
-        pack({"refusal": "\uffff" * 200_000})
+def test_a_refusal_that_quotes_a_long_argument_never_harms_the_parent(jail, monkeypatch, code):
+    # Quoted and in JSON, a character takes up to six bytes: the refusal is longer than a message may be.
     assert "ToolError" in run(jail, code).error
+    monkeypatch.setattr("verify.ERROR_CHARACTERS", 10**9)  # to which it is cut
+    with pytest.raises(ValueError, match="more than"):
+        run(jail, code)
 
 
 def test_what_an_action_sends_is_bounded_and_the_next_may_send_as_much(jail, monkeypatch):
@@ -1133,7 +1217,7 @@ def test_tool_calls_are_executed_on_the_state_of_the_episode_whatever_is_remembe
         assert len(jail.replies) > replies
 
 
-@pytest.mark.parametrize("code", ["while True: pass", "import os; os._exit(0)", MALFORMED_CODE, "print('x' * 10_000)"],
+@pytest.mark.parametrize("code", ["while True: pass", "import os; os._exit(0)", REPLY.format(b"no json"), "print('x' * 10_000)"],
                          ids=["late", "dead", "malformed", "long"])
 def test_what_is_no_reply_or_a_long_one_is_not_remembered(code):
     with Jail(seconds=0.3) as jail:
@@ -1328,26 +1412,35 @@ MIXED = [
     ("open('/etc/passwd')", ""), ("import socket; socket.socket()", ""), ("import ctypes; ctypes.string_at(0)", ""),
     ("import os\nfor fd in range(3, 16):\n    try: os.write(fd, b'null\\n')\n    except OSError: pass", ""),
     ("import os; os.kill(os.getpid(), 9)", ""), ("x = = 1", ""), ("print(add(1, 2))", "3\n"),
-    *[(f"open('{folder}/left-by-the-soak', 'w')", "") for folder in SHARED],
+    *[(f"open('{folder}/left-by-the-soak-{os.getpid()}', 'w')", "") for folder in SHARED],
 ]
+EVALUATIONS = [("def evaluate(answer): return answer == amount('tea')", True), ("def evaluate(): return 1", False),
+               ("import os\ndef evaluate(): os._exit(0)", False), (CHANNEL.format("os.write(fd, b'x' * 10**7)"), False)]
 
 
 def test_ten_thousand_mixed_checks_leave_no_process_no_file_and_no_descriptor(jail):
     folders = {folder: set(os.listdir(folder)) for folder in ("/", os.getcwd())}  # a core would be in the children's, /
 
     def check(number):
+        """Return what is wrong, or None."""
+        turn = number // len(MIXED)  # so that each server meets each code
+        if turn % 10 == 0:
+            evaluation, passed = EVALUATIONS[number % len(EVALUATIONS)]
+            judged = evaluate(jail, task_with(evaluation), make_environment("calculator", SEED), TEA, turn // 10)
+            return None if judged.passed is passed else (evaluation, judged)
         code, printed = MIXED[number % len(MIXED)]
         if number % 1_000 == 500:
             code, printed = "while True: pass", ""
-        with jail.session(make_environment("calculator", SEED), number) as session:
-            return session.run(code).printed == printed
+        with jail.session(make_environment("calculator", SEED), turn) as session:
+            outcome = session.run(code)
+            return None if outcome.printed == printed else (code, outcome)
 
     with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(check, range(10_000)))
+        assert set(pool.map(check, range(10_000))) == {None}
     assert settled(jail)
     for folder, before in folders.items():
         assert set(os.listdir(folder)) <= before, folder
-    assert not any(os.path.exists(f"{folder}/left-by-the-soak") for folder in SHARED)  # in which others may write, too
+    assert not any(os.path.exists(f"{folder}/left-by-the-soak-{os.getpid()}") for folder in SHARED)  # in which others may write, too
 
 
 def test_what_a_child_does_not_read_is_not_sent_for_ever(jail):
