@@ -1418,7 +1418,8 @@ EVALUATIONS = [("def evaluate(answer): return answer == amount('tea')", True), (
                ("import os\ndef evaluate(): os._exit(0)", False), (CHANNEL.format("os.write(fd, b'x' * 10**7)"), False)]
 
 
-def test_ten_thousand_mixed_checks_leave_no_process_no_file_and_no_descriptor(jail):
+def test_ten_thousand_mixed_checks_leave_no_process_no_file_and_no_descriptor(jail, monkeypatch):
+    monkeypatch.setattr(jail, "seconds", 20.0)  # for honest code, however busy the machine is
     folders = {folder: set(os.listdir(folder)) for folder in ("/", os.getcwd())}  # a core would be in the children's, /
 
     def check(number):
@@ -1429,9 +1430,9 @@ def test_ten_thousand_mixed_checks_leave_no_process_no_file_and_no_descriptor(ja
             judged = evaluate(jail, task_with(evaluation), make_environment("calculator", SEED), TEA, turn // 10)
             return None if judged.passed is passed else (evaluation, judged)
         code, printed = MIXED[number % len(MIXED)]
-        if number % 1_000 == 500:
-            code, printed = "while True: pass", ""
         with jail.session(make_environment("calculator", SEED), turn) as session:
+            if number % 1_000 == 500:
+                code, printed, session.child.seconds = "while True: pass", "", 0.5
             outcome = session.run(code)
             return None if outcome.printed == printed else (code, outcome)
 
