@@ -24,6 +24,7 @@ the code that a model writes never sees a reference answer.
 Read next: selfchallenge.py, which measures before and after training; before: rl.py, which plays the episodes.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -684,8 +685,10 @@ def setting_of(options: argparse.Namespace) -> dict:
     """Return what numbers depend on, save for --parallel and checkouts: model, users, decoding, versions."""
     named = ["policy", "model", "adapter", "seed", "trials", "turn_tokens", "context", "airline"]
     endpoint = options.user_endpoint
+    weights = sorted(Path(getattr(options, "adapter", None) or "-").glob("adapter_model.*"))  # of a folder
     return {
         **{name: str(getattr(options, name)) for name in named if getattr(options, name, None) is not None},
+        **{"adapter_sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in weights},
         "user": f"{options.user_model} at {endpoint}" if endpoint else "the policy's own base",
         "decoding": "Pass@k at temperature 1, greedy at 0; neither top-k nor top-p",
         "versions": versions(),
@@ -708,7 +711,10 @@ def continued(path: Path | None, setting: dict) -> tuple[list[dict], Callable[[l
     with in_a_sentence(f"go on from {str(path)!r}", "it is damaged: delete it, or name another, to begin anew"):
         lines = [dict(json.loads(line)) for line in whole.splitlines()[1:]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(whole)
+    if content.startswith(head):
+        os.truncate(path, len(whole))  # what is there is not written again: that might be interrupted, too
+    else:
+        path.write_bytes(head)
     return lines, partial(append_lines, path)
 
 

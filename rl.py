@@ -194,7 +194,11 @@ def attach_adapter(base: torch.nn.Module, adapter: str | Path | None, rank: int,
         with (in_a_sentence(f"load the adapter {str(adapter)!r}", "give the folder of one trained on this model"),
               warnings.catch_warnings()):
             warnings.filterwarnings("error", message="Found missing adapter keys")  # which would be as new
-            return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+            model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # see load_base
+        return model
     torch.manual_seed(seed)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with in_a_sentence("put LoRA on all linear layers of the model", "use another model"):
@@ -375,14 +379,22 @@ def rollout(
 
     temperature 0 is greedy. A turn is cut after `turn_tokens` and at `context` tokens, where the episode ends. `user`
     speaks for the users of conversations; without one, the policy's base does. Another `model`, such as one behind an
-    endpoint, may play in the policy's place; its turns are cut at `context` only. Raises PolicyError if a prompt does
-    not fit into the context, or, where the policy itself plays, the context not into its `longest_context`.
+    endpoint, may play in the policy's place; its turns are cut at `context` only. An episode whose prompt leaves no
+    room in the context ends at once. Raises PolicyError if that is each of them, or, where the policy itself plays, if
+    the context does not fit into its `longest_context`.
     """
     user = user or partial(own_user, policy, generator, parallel, turn_tokens)
     trajectories = begin(policy, episodes, user)
     running = [t for t in trajectories if not t.over]
-    if (longest := max((len(t.prompt) for t in running), default=0)) >= context:
-        raise PolicyError(f"a prompt of {longest:,} tokens leaves no room in --context {context:,}: raise it")
+    if (shortest := min((len(t.prompt) for t in running), default=0)) >= context:
+        raise PolicyError(f"a prompt of {shortest:,} tokens leaves no room in --context {context:,}: raise it")
+    for t in running:
+        if len(t.prompt) >= context:
+            t.episode.status = "out of context"
+            t.end()
+    running = [t for t in running if not t.over]
+    if bar is not None:
+        bar.update(len(trajectories) - len(running))
     turns = (written_turns(policy, running, model, context) if model is not None else
              sampled_turns(policy, running, generator, temperature, parallel, turn_tokens, context))
     for ended in turns:
@@ -425,8 +437,7 @@ def sampled_turns(
     observation, put `turn` behind it, and set `text` to None.
     Raises PolicyError if the context is beyond the model, or its probabilities are no numbers.
     """
-    if (limit := longest_context(policy.model.config)) < context:
-        raise PolicyError(f"the model's positions or its window of attention end at {limit:,} tokens: lower --context")
+    check_context(policy, context)
     slots, queue = trajectories[:parallel], iter(trajectories[parallel:])  # the trajectory in each slot
     cache, ended = SlotCache(len(slots), context), []
     while slots:
@@ -482,7 +493,7 @@ def sample_tokens(logits: Tensor, generator: Generator, temperature: float) -> t
 def turn_text(policy: Policy, tokens: list[int]) -> str:
     """Return the text of a turn, without the tokens that end it."""
     tokens = [token for token in tokens if token not in policy.stop_ids]
-    return policy.tokenizer.decode(tokens, skip_special_tokens=True)
+    return policy.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def take_steps(policy: Policy, ended: list[Trajectory], user: Speaker, context: int) -> None:
@@ -771,14 +782,21 @@ def longest_context(config: PreTrainedConfig) -> float:
     return min(filter(None, limits), default=math.inf)
 
 
+def check_context(policy: Policy, context: int) -> None:
+    """Raise PolicyError if the context is beyond the model's `longest_context`."""
+    if (limit := longest_context(policy.model.config)) < context:
+        raise PolicyError(f"the model's positions or its window of attention end at {limit:,} tokens: lower --context")
+
+
 def check_template(tokenizer) -> None:
     """Raise PolicyError unless conversations only grow, by what the agent wrote: some templates drop old thoughts.
 
-    Those are tried in the project's own format and in three others, in turns of some length.
+    And unless they show the system message, which holds the tools and the format. Thoughts are tried in the project's
+    own format and in three others, in turns of some length.
     """
     marks = ("THOUGHT:", "END THOUGHT"), ("<think>", "</think>"), ("<thought>", "</thought>"), ("[THINK]", "[/THINK]")
     turns = [f"{begin}\n{'why ' * 50}{end}\n\nTURN" for begin, end in marks]
-    talk = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    talk = [{"role": "system", "content": "SYSTEM"}, {"role": "user", "content": "U"}]
     for turn in turns:
         talk += [{"role": "assistant", "content": turn}, {"role": "user", "content": "U"}]
     with in_a_sentence("put a system message and turns into the model's chat template", "use another model"):
@@ -787,6 +805,8 @@ def check_template(tokenizer) -> None:
     for before, after, turn in zip(texts, texts[1:], turns):
         if not after.startswith(before) or not after[len(before):].lstrip().startswith(turn):
             raise PolicyError("the chat template rewrites earlier turns, or writes into them: use another model")
+    if "SYSTEM" not in texts[0]:
+        raise PolicyError("the chat template leaves the system message out: use another model")
 
 
 @torch.inference_mode()
@@ -997,10 +1017,11 @@ def train(
     A step draws options.tasks_per_step tasks, plays options.rollouts episodes of each, and takes one gradient step.
     With options.teacher_endpoint the model there plays them, and the step is one of cross-entropy on all that it wrote,
     failures included: the paper's distillation (equation 3). What is drawn depends on options.seed and the step alone.
-    Raises PolicyError if there are no tasks.
+    Raises PolicyError if there are no tasks, or if the context is beyond the model.
     """
     if not tasks:
         raise PolicyError("there are no tasks to train on")
+    check_context(policy, options.context)  # also where a teacher plays
     limits, teacher = rollout_limits(options), None
     if options.teacher_endpoint:
         teacher = endpoint_model(options.teacher_endpoint, options.teacher_model, AGENT_TOKENS)
@@ -1038,7 +1059,8 @@ def rollout_limits(options) -> dict:
 
 def prepare(options) -> None:
     """Load the benchmarks that the options name; raises ValueError if one cannot be used, or options do not agree."""
-    if getattr(options, "baseline", None) == "leave-one-out" and options.rollouts < 2:
+    baseline = None if getattr(options, "teacher_endpoint", None) else getattr(options, "baseline", None)
+    if baseline == "leave-one-out" and options.rollouts < 2:
         raise ValueError("the leave-one-out baseline needs at least two --rollouts of each task")
     for role in ("user", "teacher", "challenger"):
         address, model = (getattr(options, f"{role}_{part}", None) for part in ("endpoint", "model"))
@@ -1253,8 +1275,8 @@ natural, positive = partial(whole, least=0), partial(whole, least=1)
 
 def above_zero(text: str) -> float:
     """Return the number that an option gives, in the same way."""
-    if not 0 < (number := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError("it must be above 0, and finite")
+    if not 0 < (number := float(text)) < 1e30:  # more does not fit into a tensor
+        raise argparse.ArgumentTypeError("it must be above 0, and below 1e30")
     return number
 
 
@@ -1326,7 +1348,8 @@ def main() -> int:
             policy = load_policy(options.model, options.adapter, options.rank, options.seed)
             optimizer = make_optimizer(policy, options.learning_rate)
             for metrics, episodes in train(policy, optimizer, jail, tasks, options):
-                out.mkdir(parents=True, exist_ok=True)  # only now is there something to keep
+                if metrics["step"] == 0:
+                    out.mkdir(parents=True)  # only now is there something to keep
                 (out / "config.json").write_text(json.dumps(settings, indent=1, default=str))
                 append_lines(out / "metrics.jsonl", [metrics])
                 append_lines(out / "trajectories.jsonl", episodes)
@@ -1337,6 +1360,8 @@ def main() -> int:
     def how_to_go_on() -> str:
         if not out.exists():
             return "nothing was begun"
+        if not (out / "adapter").exists():
+            return f"no step was finished; what there is of the first is in {out}: delete it to begin anew"
         return f"what is finished is in {out}: go on from there with --adapter {out / 'adapter'} and another --out"
 
     return guarded("rl.py", work, how_to_go_on)

@@ -34,7 +34,8 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -45,7 +46,7 @@ from tqdm import tqdm
 
 from eval import SUITES, evaluate_policy, format_table, load_suite, setting_of, write_report
 from rl import Episode, Help, Policy, add_training_options, advice_on_memory, append_lines, in_a_sentence
-from rl import load_policy, make_optimizer, natural, positive, prepare, record, rollout
+from rl import load_policy, make_optimizer, natural, positive, prepare, prompt_tokens, record, rollout
 from rl import rollout_limits, save_adapter, seeded, train, versions
 from tools import AGENT_TOKENS, ENVIRONMENTS, Environment, endpoint_model, make_environment
 from verify import STAGES, CodeAsTask, Jail, Judgement, Task, TaskError, guarded, judge, parse_task
@@ -275,8 +276,9 @@ class Run:
         elif any((folder / name).exists() for name in RECORDS):
             raise ValueError(f"{folder} has lost its checkpoint, so it cannot be continued; start a new run")
         for name, size in sizes.items():
-            if not (folder / name).exists() or (folder / name).stat().st_size < size:
-                raise ValueError(f"{folder / name} has lost lines, so the run cannot be continued; start a new run")
+            if not (folder / name).exists() or not ends_a_line(folder / name, size):
+                raise ValueError(f"{folder / name} has lost lines, or was changed, so the run cannot be continued; "
+                                 "start a new run")
         for file in filter(Path.exists, map(folder.joinpath, RECORDS)):
             os.truncate(file, sizes.get(file.name, 0))
         self.clock = time.monotonic()  # at the last checkpoint
@@ -332,7 +334,31 @@ class Run:
     def read(self, name: str) -> list[dict]:
         """Return the records of a file of JSON lines; none if it does not exist."""
         path = self.folder / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        with in_a_sentence(f"read {path}", "it was changed: start a new run"):
+            return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def ends_a_line(path: Path, size: int) -> bool:
+    """Whether the first `size` bytes of a file are there, and are whole lines."""
+    with open(path, "rb") as file:
+        file.seek(max(size - 1, 0))
+        return size == 0 or file.read(1) == b"\n"
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process; raises ValueError if another one holds it."""
+    import fcntl  # here, because Windows lacks it, and the jail is to say so in a sentence
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # of a file system that knows no locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process plays the run in {folder}: wait until it has ended") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def peak_memory() -> int:
@@ -359,9 +385,10 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
     prepare(options)
     suites = {name: load_suite(name, options.airline) for name in options.env}
     held_out = [about(task) for tasks in suites.values() for task in tasks]
-    with advice_on_memory(options.model), Jail(allow_weak=options.allow_weak_jail) as jail:
+    with advice_on_memory(options.model), Jail(allow_weak=options.allow_weak_jail) as jail, alone_in(folder):
         print(jail.describe())
         policy = load_policy(options.model, rank=options.rank, seed=options.seed)
+        check_prompts(policy, jail, options)
         run = Run(folder, policy, make_optimizer(policy, options.learning_rate))
         run.write_config(options)
         measure_phase("before", suites, jail, run, options)
@@ -384,6 +411,15 @@ def play_run(folder: Path, options: argparse.Namespace) -> dict:
     return summary
 
 
+def check_prompts(policy: Policy, jail: Jail, options: argparse.Namespace) -> None:
+    """Raise ValueError unless the challenger's prompts leave room in the context: before hours of evaluation."""
+    for env in options.env if not options.challenger_endpoint else []:
+        size = len(prompt_tokens(policy.tokenizer, Challenger(jail, env, options.seed * 10**5).messages))
+        if size >= options.context:
+            raise ValueError(f"the challenger's prompt in {env}, of {size:,} tokens, leaves no room in --context "
+                             f"{options.context:,}: raise it")
+
+
 def measure_phase(phase: str, suites: dict[str, list], jail: Jail, run: Run, options: argparse.Namespace) -> None:
     """Evaluate the policy on held-out tasks, before or after training, if that is not done; it may be interrupted."""
     if phase in run.progress["results"]:
@@ -398,6 +434,8 @@ def measure_phase(phase: str, suites: dict[str, list], jail: Jail, run: Run, opt
     run.progress["results"][phase] = evaluate_policy(
         run.policy, jail, suites, options.seed, options.trials, phase, finished, keep, **rollout_limits(options))
     run.save(phase)
+    if phase == "before":  # "after" is shown beside it
+        print(format_table(run.progress["results"][phase]))
 
 
 def challenge(jail: Jail, held_out: list[set[str]], run: Run, options: argparse.Namespace) -> list[CodeAsTask]:
@@ -556,8 +594,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def open_run(options: argparse.Namespace) -> Path:
-    """Return the folder of the run to resume, or make that of a new run. Raises ValueError if it exists already."""
+def folder_of(options: argparse.Namespace) -> Path:
+    """Return the folder of the run to resume, or that of a new run. Raises ValueError if it exists already."""
     if options.resume is not None:
         return options.resume
     runs = Path("runs")
@@ -567,7 +605,6 @@ def open_run(options: argparse.Namespace) -> Path:
         raise ValueError(f"--name {options.name} is not below {runs}: choose another name")
     if folder.exists():
         raise ValueError(f"{folder} exists already: choose another name, so that nothing is overwritten")
-    folder.mkdir(parents=True)
     return folder
 
 
@@ -593,9 +630,17 @@ def main() -> int:
     parts, opened = [], []
 
     def work() -> None:
-        parts.extend(separate(parse_options()))
+        options = parse_options()
+        parts.extend(separate(options))
+        prepare(options)
+        for part in parts:  # what is wrong with a later one should be known before the first is played
+            folder_of(part)
+            for env in part.env:
+                load_suite(env, part.airline)
         for part in parts:
-            folder = open_run(part)
+            folder = folder_of(part)
+            if part.resume is None:
+                folder.mkdir(parents=True)
             opened.append(folder)
             try:
                 play_run(folder, part)

@@ -8,7 +8,7 @@ called, states are compared. So the difference is what the jail adds: forking, c
 in them the code itself. The episodes are the same in each run, to the byte, which is checked.
 
 It is told in two ways. The seconds of whole runs say all, but also all that the machine does meanwhile; the fastest of three
-counts. Code runs only while the network rests, so what the jail adds is also the length of these pauses, with it less without
+is compared, and the median. Code runs only while the network rests, so what the jail adds is also the length of these pauses, with it less without
 it; the median of three counts. A busy hour stretches the pauses and the rest of the same run alike.
 """
 import shutil
@@ -79,6 +79,8 @@ def main() -> None:
         every = "   ".join(" ".join(f"{run[what]:.1f}" for run in runs[which]) for which in (True, False))
         added = f"{jailed / free - 1:7.0%}" if what not in ("pauses", "children") else " " * 7
         print(f"{what:12} {jailed:14.1f} {free:8.1f} {added}   (of {every})")
+    jailed, free = [median(run["in all"] for run in runs[which]) for which in (True, False)]
+    print(f"medians: whole runs of {jailed:.1f} s instead of {free:.1f}: {jailed / free - 1:.0%} added")
     pauses, others = [median(run["pauses"] for run in runs[which]) for which in (True, False)]
     rest = median(run["in all"] - run["pauses"] for run in runs[True])
     print(f"medians: pauses of {pauses:.1f} s instead of {others:.1f}, beside {rest:.1f} s of other work: {(pauses - others) / (rest + others):.0%} added")

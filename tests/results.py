@@ -4,7 +4,7 @@
     python tests/results.py --seeds 0 1 --model OTHER --filtered  (another pretraining seed, filtered runs only)
     python tests/results.py --keep tests/figures/runs             (... and keep of each run what tests/figures.py draws)
 
-The runs go to runs/results/; one that is finished already is not run again. Both environments count alike:
+The runs go to runs/results/; one that is finished already is not run again, one that was interrupted goes on. Both environments count alike:
 a figure is the mean over the two suites. Options that are not listed here are given to selfchallenge.py.
 """
 import argparse
@@ -17,19 +17,28 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from selfchallenge import parse_options  # noqa: E402
+
 METRICS = ["pass@1", "greedy", "pass@4"]
 
 
 def summary_of(model: str, seed: int, filtered: bool, keep: Path | None = None, others: Iterable[str] = ()) -> dict:
-    """Return the summary of a run, which is run first, with `others` among its options, if it has not been.
+    """Return the summary of a run, which is run first, with `others` among its options, or resumed, if it is not finished.
 
-    Its small files are copied to a folder in `keep`.
+    Its small files are copied to a folder in `keep`. Ends the program if it was played with other options.
     """
     name = f"{Path(model).name}-seed{seed}" + ("" if filtered else "-no-filter")
     folder = Path("runs") / "results" / name
+    options = ["--model", model, "--seed", str(seed), *([] if filtered else ["--no-filter"]), *others]
+    if begun := (folder / "config.json").exists():
+        own, given = json.loads((folder / "config.json").read_text()), vars(parse_options(options))
+        if others := [option for option in own if option in given and own[option] != given[option]]:
+            sys.exit(f"{folder} was played with other options ({', '.join(others)}): delete it to play it anew")
     if not (folder / "summary.json").exists():
-        options = ["--model", model, "--seed", str(seed), "--name", f"results/{name}", *([] if filtered else ["--no-filter"]), *others]
-        command = [sys.executable, str(ROOT / "selfchallenge.py"), *options]
+        command = [sys.executable, str(ROOT / "selfchallenge.py")]
+        command += ["--resume", str(folder)] if begun else [*options, "--name", f"results/{name}"]
         if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             sys.exit(status)  # it has said why
     if keep is not None:

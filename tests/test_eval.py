@@ -591,3 +591,23 @@ def test_an_evaluation_goes_on_with_the_same_setting_only(tmp_path):
     for name in ("policy", "adapter", "seed", "trials", "turn_tokens", "context", "airline"):
         other = SimpleNamespace(**vars(options) | {name: "other"})
         assert evaluation.setting_of(options) != evaluation.setting_of(other), name
+    options.adapter = str(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(b"one")
+    first = evaluation.setting_of(options)
+    assert first == evaluation.setting_of(options)
+    weights.write_bytes(b"another")  # in the same place
+    assert first != evaluation.setting_of(options)
+
+
+def test_what_an_interrupted_evaluation_has_written_is_not_written_again(tmp_path, monkeypatch):
+    """Or an interruption at the beginning of the second try would lose it."""
+    setting, path = {"policy": "p"}, tmp_path / "episodes.jsonl"
+    _, write = evaluation.continued(path, setting)
+    write([{"reward": 1}])
+    with open(path, "a") as file:
+        file.write('{"rew')  # a crash
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: pytest.fail("it was written again"))
+    lines, write = evaluation.continued(path, setting)
+    write([{"reward": 0}])
+    assert lines == [{"reward": 1}] and evaluation.continued(path, setting)[0] == [{"reward": 1}, {"reward": 0}]

@@ -1,4 +1,5 @@
 """The policy: hand-computed advantages and losses, the mask, the invariants of the gradient, rollouts in the real jail."""
+import argparse
 import contextlib
 import dataclasses
 import gc
@@ -429,6 +430,26 @@ def test_a_rollout_ends_at_the_context(policy, jail):
         rollout(policy, [Executor(jail, TASK)], seeded(policy.device, 1), context=prompt)
 
 
+def test_an_episode_whose_prompt_leaves_no_room_ends_and_the_others_are_played(policy, jail):
+    """Another model may write tasks of any length: one of them must not end a run."""
+    long = dataclasses.replace(TASK, instruction="tea " * 600)
+    unplayed, played = rollout(policy, [Executor(jail, long), Executor(jail, TASK)], seeded(policy.device, 1), context=512)
+    assert unplayed.over and unplayed.episode.status == "out of context" and unplayed.episode.reward == 0 and not any(unplayed.mask)
+    assert played.over and any(played.mask) and len(played.tokens) <= 512
+    gradient, figures = fresh_gradient(policy, [unplayed, played], torch.tensor([-1.0, 1.0]))
+    alone, _ = fresh_gradient(policy, [played], torch.tensor([0.5]))  # the mean over two, of which one says nothing
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(gradient, alone)) and figures["trained_tokens"] == sum(played.mask)
+    with pytest.raises(PolicyError, match="raise it"):
+        rollout(policy, [Executor(jail, long)] * 2, seeded(policy.device, 1), context=512)
+
+
+def test_a_context_beyond_the_model_is_refused_whoever_plays(policy, jail, monkeypatch):
+    monkeypatch.setattr(rl, "endpoint_model", lambda *_: lambda asked: ["ANSWER: no idea END ANSWER"] * len(asked))
+    for teacher in (None, "there"):
+        with pytest.raises(PolicyError, match="end at 2,048 tokens: lower --context"):
+            next(rl.train(policy, None, jail, [TASK], training_options(context=2049, teacher_endpoint=teacher, teacher_model=teacher)))
+
+
 class Script(Episode):
     """An episode of a given number of turns, whatever the agent says."""
 
@@ -755,9 +776,10 @@ EARLIER = [".split('</think>')[-1]", ".split('</thought>')[-1]", ".split('[/THIN
     (MOVES_THE_SYSTEM, "rewrites earlier turns"),
     ("{{ 'Hello' }}", "rewrites earlier turns"),
     (NAMES_A_CHANNEL, "writes into them"),
+    (CHATML.replace("in messages", "in messages if m.role != 'system'"), "leaves the system message out"),
     ("{{ raise_exception('System role not supported') }}", "System role not supported"),
     (None, "no chat template"),
-], ids=["drops observations", "drops what is long ago", "drops turns", *EARLIER, "opens a thought", "moves the system", "ignores all", "names a channel", "no system", "none"])
+], ids=["drops observations", "drops what is long ago", "drops turns", *EARLIER, "opens a thought", "moves the system", "ignores all", "names a channel", "drops the system", "no system", "none"])
 def test_a_template_that_cannot_be_used_is_one_sentence_before_weights_are_loaded(tmp_path, monkeypatch, template, reason):
     monkeypatch.setattr(rl, "load_base", lambda *_: pytest.fail("the weights are loaded"))
     config, _, special, end = MODELS["Qwen-like"]
@@ -910,6 +932,47 @@ def test_a_folder_without_an_adapter_and_a_damaged_one_are_one_sentence(policy, 
     weights.write_bytes(b"short")
     with pytest.raises(PolicyError, match="cannot load the adapter"):
         load_policy("tiny", adapter=tmp_path / "adapter")
+
+
+def test_an_adapter_s_dropout_is_left_out(policy, tmp_path):
+    """Or the trainer would compute other probabilities than the sampler, and each time others."""
+    rl.save_adapter(policy, tmp_path)
+    config = tmp_path / "adapter_config.json"
+    assert '"lora_dropout": 0.0' in config.read_text()
+    config.write_text(config.read_text().replace('"lora_dropout": 0.0', '"lora_dropout": 0.5'))
+    loaded = load_policy("tiny", adapter=tmp_path)
+    (t,) = some_trajectories(1)
+    with torch.no_grad():
+        for p, given in zip(loaded.model.parameters(), policy.model.parameters()):
+            assert p.shape == given.shape
+        next(p for name, p in loaded.model.named_parameters() if "lora_B" in name).data.fill_(0.1)  # one of zeros drops nothing
+        once, again = (trajectory_logprobs(loaded, [t], 1.0)[0] for _ in range(2))
+    assert torch.equal(once, again)
+
+
+def test_a_teacher_needs_no_baseline():
+    rl.prepare(training_options(rollouts=1, teacher_endpoint="there", teacher_model="t", user_model=None, m3tooleval=None, tau_bench=None,
+                                any_version=False))
+    with pytest.raises(ValueError, match="at least two"):
+        rl.prepare(training_options(rollouts=1))
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "1e38"])
+def test_a_number_that_no_tensor_can_hold_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        rl.above_zero(text)
+    assert rl.above_zero("1e-4") == 1e-4
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path, monkeypatch, capsys):
+    """The folder is free at the beginning, and then another process has finished its first step before this one."""
+    def train(*_):
+        (tmp_path / "run").mkdir()
+        yield {"step": 0}, []
+
+    monkeypatch.setattr(rl, "train", train)
+    monkeypatch.setattr("sys.argv", ["rl.py", "--tasks", str(rl.TINY / "held_out_calculator.jsonl"), "--out", str(tmp_path / "run"), "--allow-weak-jail"])
+    assert rl.main() == 2 and "File exists" in capsys.readouterr().err and not list((tmp_path / "run").iterdir())
 
 
 def test_training_alone_begins_no_folder_that_it_does_not_need_and_overwrites_none(tmp_path, capsys, monkeypatch):

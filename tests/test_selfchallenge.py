@@ -410,6 +410,28 @@ def test_what_a_run_has_lost_is_one_sentence_and_the_rest_stays(whole, tmp_path,
     assert {path.name: path.read_bytes() for path in run.glob("*.jsonl")} == before
 
 
+def test_a_changed_file_is_one_sentence_and_nothing_is_lost(whole, tmp_path, here):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    tasks = run / "tasks.jsonl"
+    tasks.write_text('{"a": 1}\n' + tasks.read_text())
+    before = tasks.read_text()
+    status, errors = here("--resume", str(run), cwd=tmp_path)
+    assert status == 2 and "tasks.jsonl has lost lines, or was changed" in errors and tasks.read_text() == before
+
+
+def test_two_processes_do_not_play_one_run(whole, tmp_path, here):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = {path.name: path.read_bytes() for path in run.glob("*.jsonl")}
+    with selfchallenge.alone_in(run):
+        status, errors = here("--resume", str(run), cwd=tmp_path)
+    assert status == 2 and "another process plays the run" in errors and "Traceback" not in errors
+    assert {path.name: path.read_bytes() for path in run.glob("*.jsonl")} == before
+    with selfchallenge.alone_in(run):  # it is free again
+        pass
+
+
 def test_a_lost_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path, here):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
@@ -434,6 +456,8 @@ def test_a_lost_checkpoint_is_one_sentence_and_nothing_is_lost(whole, tmp_path, 
         (["--rollouts", "1"], "at least two"),
         (["--seed", "1" + "0" * 20], "is no whole number from 0"),
         (["--no-filte"], "unrecognized arguments"),
+        (["--context", "20"], "the challenger's prompt in calculator"),
+        (["--no-joint", "--env", "shop", "retail"], "retail needs a checkout"),
         (["--teacher-endpoint", "http://127.0.0.1:9"], "--teacher-endpoint and --teacher-model go together"),
     ],
 )
@@ -448,6 +472,12 @@ def test_a_run_of_which_no_task_survives_leaves_a_report_that_says_why(tmp_path,
     report = Path("runs", "a", "report.html")
     assert status == 2 and f"no task survived the filter: {report} shows why" in errors
     assert "<summary>parse: " in (tmp_path / report).read_text()
+
+
+def test_a_name_that_is_taken_for_a_later_run_is_told_before_the_first(tmp_path, here):
+    (tmp_path / "runs" / "a-shop").mkdir(parents=True)
+    status, errors = here("--no-joint", "--name", "a", cwd=tmp_path)
+    assert status == 2 and "runs/a-shop exists already" in errors and [path.name for path in tmp_path.glob("runs/*")] == ["a-shop"]
 
 
 def test_an_interrupt_names_the_worlds_that_have_not_begun(tmp_path, monkeypatch, here):
