@@ -231,14 +231,14 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 # child confines itself before it runs anything. Code is sent to it as a line of JSON through its channel, a pipe for
 # both ways. When the code calls a tool, the call comes up as data, this process executes it on the episode's state, and
 # sends the result down; at the end come up what was printed, and a value or an error. This process alone makes verdicts
-# of values (`evaluate`).
-#   Words. A process that forks becomes two that are alike; a child that has ended keeps its pid until its parent waits
-#   for it, which reaps it. A descriptor is the number of an open file or channel. A system call asks the kernel for
-#   something: prctl, to change what the process itself may do; seccomp has a filter, in BPF, decide on all later calls.
+# of values (`evaluate`). The way of that:
 #   at first     Jail, ForkServer.start, start_program; in the server serve; in a child confine, then live
 #   what holds   Jail.probe: a child tries what the layers should refuse, and Jail.describe tells what was refused
 #   an action    Session.run, converse; Child.reply, ask; exchange
 #   at last      Session.close, Child.end; in the server serve, which kills
+# Some words: a process that forks becomes two that are alike; a child that has ended keeps its pid until its parent
+# waits for it, which reaps it. A descriptor is the number of an open file or channel. A system call asks the kernel for
+# something: prctl, to change what the process itself may do; seccomp has a filter, in BPF, decide on all later calls.
 # Each docstring says first what its layer stops. Three layers are in the next chapter, with what runs in a child: STATE
 # OUTSIDE (call_tool, which Session.execute answers), DATA ON A CHANNEL (plain), SERVERS THAT DIFFER (set_clock).
 
