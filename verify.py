@@ -226,7 +226,7 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 # ---------------------------------------------------------------------------------------------------
 # THE JAIL: what holds code that a model wrote
 #
-# A solution, a failure case, an evaluation, an executor's episode: each has a child of its own. A small program, the
+# A solution, a failure case, an evaluation, an executor's episode: no two share a child. A small program, the
 # fork server, forks it, because a fork of this process would copy its secrets, and cost what its memory costs; the
 # child confines itself before it runs anything. Code is sent to it as a line of JSON through its channel, a pipe for
 # both ways. When the code calls a tool, the call comes up as data, this process executes it on the episode's state, and
@@ -287,7 +287,7 @@ def exchange(channel: socket.socket, message: bytes, deadline: float, most: int)
 # INSIDE
 # (the servers and their children execute the text from here to OUTSIDE; some of it serves this process, too)
 
-MEMORY_BYTES = 256 * 1024 * 1024  # of address space in a child
+MEMORY_BYTES = 256 * 1024 * 1024  # that a child can have
 PROCESSOR_SECONDS = 60            # in the life of a child
 
 
@@ -324,7 +324,7 @@ def serve(descriptor: int, seed: int, strong: bool) -> int:
 
 
 def make_confine(strong: bool) -> Callable[[], None]:
-    """LIMITS stop a child that eats the memory, fills the disk (a core does, too), or computes on after its reply.
+    """LIMITS stop a child that eats the memory, fills the disk (a crash may, too), or computes on after its reply.
 
     Return the function by which a child, before it runs code, gives up what it does not need, for good: limits, and the
     filter (of a `strong` jail). All is prepared here: what a child writes to memory, it has to copy first, in pages.
@@ -346,7 +346,7 @@ def make_confine(strong: bool) -> Callable[[], None]:
         for limit, most in limits.items():
             resource.setrlimit(limit, (most, most))
         if linux:
-            prctl(38, 1, 0, 0, 0)              # PR_SET_NO_NEW_PRIVS, without which no filter is accepted
+            prctl(38, 1, 0, 0, 0)              # PR_SET_NO_NEW_PRIVS: only then may others than root filter
             prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: no outliving of the server ...
             if os.getppid() != server:
                 os._exit(1)                    # ... which may have ended already
@@ -409,6 +409,7 @@ def prepare_server(seed: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or, where a shell has had it ignored, no child waits to be reaped
     sys.path.clear()
     os.environ.clear()
+    sys.orig_argv.clear()  # it names the folder of this file
     set_clock((seed - 1) * (-1)**(seed - 1) * CLOCK_SECONDS)  # into the future, or the past
     for code in ["print(len('rehearsal'))", "1 / 0"] * 10:  # what Python prepares in a first run, no child has to again
         ours, theirs = socket.socketpair()
@@ -719,12 +720,13 @@ attempts = {{
     "connecting to a port": lambda: socket.socket().connect(("127.0.0.1", {port})),
     "starting a process": lambda: os.fork() or os._exit(0),
     "signalling the parent": lambda: os.kill({parent}, 0),
+    "taking 300 MB": lambda: bytearray(300 * 2**20),
 }}
 result = dict.fromkeys(attempts, False)
 for name, attempt in attempts.items():
     try:
         attempt()
-    except OSError:
+    except (PermissionError, BlockingIOError, MemoryError):  # the second is that of a limit on processes
         result[name] = True
 """
 

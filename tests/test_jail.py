@@ -272,6 +272,7 @@ def test_hundreds_of_sessions_can_be_open_at_once(jail):
 # if it sets itself an alarm and raises an exception in the handler, which is how a time limit is often written.
 
 ALARM = """
+amount = len  # where there is no world
 import signal
 def late(*arguments): raise TimeoutError
 signal.signal(signal.SIGALRM, late)
@@ -359,6 +360,15 @@ def test_memory_is_limited(jail, code):
     assert "got" not in outcome.printed
 
 
+def test_no_file_can_grow(monkeypatch, tmp_path):
+    code = "with open({!r}, 'w') as file: file.write('x' * 10)"
+    assert bare(code.format(str(tmp_path / "bare"))).returncode == 0 and (tmp_path / "bare").stat().st_size == 10
+    monkeypatch.setattr("verify.MACHINES", {})  # a weak jail, in which a file can be opened
+    with Jail(allow_weak=True) as weak:
+        assert "File too large" in run(weak, code.format(str(tmp_path / "jailed"))).error
+    assert (tmp_path / "jailed").stat().st_size == 0
+
+
 def test_output_that_is_kept_is_limited(jail):
     for code in ("print('x' * 10**7)", "for _ in range(10**4): print('x' * 10**3)"):
         assert len(bare(code).stdout) > 10**7
@@ -431,7 +441,9 @@ def test_an_error_that_never_finds_its_words_is_ended(jail):
 def test_what_is_no_source_is_rejected_before_it_reaches_a_child(jail, monkeypatch, code):
     with pytest.raises((ValueError, TypeError)):
         bare(code)  # a process cannot even be started on it: that would be an exception in the parent
-    assert run(jail, code).error.startswith("the code ")
+    with monkeypatch.context() as patch:
+        patch.setattr(ForkServer, "child", lambda self: pytest.fail("a child was asked for"))
+        assert run(jail, code).error.startswith("the code ")
     monkeypatch.setattr("verify.text_problem", lambda text: None)
     if isinstance(code, str):  # the next that looks at it rejects it: the child's Python, or `plain`
         assert "null bytes" in run(jail, code).error or "cannot reach the code" in run(jail, code).error
@@ -497,7 +509,7 @@ SYSTEM_ATTACKS = {
     "start_a_program": "os.waitpid(os.posix_spawn('/bin/true', ['true'], {{}}), 0)",
     "become_a_program": "os.execv('/bin/echo', ['echo', 'got'])",
     "a_thread": "import _thread; _thread.start_new_thread(str, ())",
-    "a_thread_bomb": "import _thread\nfor _ in range(100): _thread.start_new_thread(time.sleep, (0.1,))",
+    "a_thread_bomb": "import _thread\n_thread.stack_size(2**16)\nfor _ in range(100): _thread.start_new_thread(time.sleep, (0.1,))",
     "a_session_of_its_own": "os.setsid()",
     "outlive_the_server": "assert libc.prctl(1, 0, 0, 0, 0) == 0",  # no death with the parent any more
     "be_traced": "assert libc.ptrace(0, 0, 0, 0) == 0",
@@ -570,6 +582,7 @@ def test_the_system_refuses(jail, attack, tmp_path):
     code = "import ctypes, os, resource, signal, socket, time\nlibc = ctypes.CDLL(None)\n" + attack + "\nprint('got')"
     with world(tmp_path / "bare") as (targets, _):
         assert bare(code.format(**targets)).stdout.endswith("got\n")
+        assert "late" not in attack or (tmp_path / "bare" / "late").exists()
     with world(tmp_path / "jailed") as (targets, unharmed):
         outcome = run(jail, code.format(**targets))
         time.sleep(0.3 if "late" in attack else 0)
@@ -592,7 +605,8 @@ def test_neither_the_parent_nor_its_server_nor_a_sibling_can_be_attacked(jail, a
 
 
 def test_the_memory_of_the_parent_cannot_be_read(jail):
-    # That this works on another process that allows it: test_the_system_refuses.
+    # That this works on another process that allows it: test_the_system_refuses. (Linux may protect this one without the
+    # filter, too, if it is set up so.)
     secret = ctypes.create_string_buffer(SECRET.encode())
     attack = SYSTEM_ATTACKS["read_the_memory_of_another"].format(victim=os.getpid(), secret=ctypes.addressof(secret))
     outcome = run(jail, f"import ctypes\nlibc = ctypes.CDLL(None)\n{attack}\nprint('got')")
@@ -680,13 +694,33 @@ print(len(open_descriptors))
             assert run(fresh, code).printed == "4\n"
 
 
-def test_the_standard_streams_lead_nowhere(jail, capfd):
+def test_the_standard_streams_lead_nowhere(jail, capfd, tmp_path):
     code = "import os\nfor fd in (0, 1, 2):\n    try: os.write(fd, b'planted')\n    except OSError: pass\nprint(os.read(0, 10))"
     assert "planted" in bare(code).stdout
+    (tmp_path / "given").write_text(SECRET)
+    own = os.dup(0)
+    with open(tmp_path / "given") as given:
+        os.dup2(given.fileno(), 0)
+    try:  # now this process's input has something to read
+        assert SECRET[:10] in subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True).stdout
+        os.lseek(0, 0, os.SEEK_SET)
+        with Jail() as fresh:
+            assert run(fresh, code).printed == "b''\n"
+    finally:
+        os.dup2(own, 0)
+        os.close(own)
+    capfd.readouterr()
     assert run(jail, code).printed == "b''\n"
     assert capfd.readouterr() == ("", "")
     for server in jail.servers:  # that nothing was written is also due to the limit on the size of files
         assert {os.readlink(f"/proc/{server.process.pid}/fd/{fd}") for fd in range(3)} == {"/dev/null"}
+
+
+def test_the_code_is_not_told_where_the_project_is(jail):
+    look = "import sys\nprint([text for text in [*sys.argv, *sys.orig_argv, *sys.path] if 'planted' in text])"
+    assert "planted" in bare(f"{look}  # planted").stdout
+    here = str(Path(__file__).parent.parent)
+    assert here not in run(jail, "import sys\nprint(sys.argv, sys.orig_argv, sys.path)").printed
 
 
 def test_there_is_no_code_of_the_project_nor_its_libraries(jail):
@@ -809,9 +843,9 @@ CHEATS = {
     "a_function": ("def evaluate(answer): return evaluate", BY_TRUTH),
     "a_generator": ("def evaluate(answer): yield False", BY_TRUTH),
     "a_coroutine": ("async def evaluate(answer): return False", BY_TRUTH),
-    "NotImplemented_or_more": ("def evaluate(answer): return ...", BY_TRUTH),
+    "an_ellipsis": ("def evaluate(answer): return ...", BY_TRUTH),
     "equal_to_everything": ("class Yes:\n    __eq__ = lambda *a: True\ndef evaluate(answer): return Yes()", BY_EQUALITY),
-    "an_int_that_says_it_is_bool": ("class Yes(int):\n    __class__ = bool\ndef evaluate(answer): return Yes(1)", BY_EQUALITY),
+    "an_int_that_says_it_is_bool": ("class Yes(int):\n    __class__ = bool\ndef evaluate(answer): return Yes(1)", BY_TYPE),
     "sys_exit": ("import sys\ndef evaluate(answer): sys.exit(0)", BY_STATUS),
     "SystemExit": ("def evaluate(answer): raise SystemExit", BY_STATUS),
     "_exit": ("import os\ndef evaluate(answer): os._exit(0)", BY_STATUS),
@@ -829,7 +863,6 @@ CHEATS = {
     "patched_json": ("import json\njson.dumps = lambda *a, **k: 'true'\ndef evaluate(answer): return False", BY_JSON),
     "patched_encoder": ("import json\njson.JSONEncoder.encode = lambda *a, **k: 'true'\ndef evaluate(answer): return False", BY_JSON),
     "patched_isinstance": ("import builtins\nbuiltins.isinstance = lambda *a: True\ndef evaluate(answer): return 5", BY_TYPE),
-    "a_closed_stdout": ("import os, sys\ndef evaluate(answer): sys.stdout.close(); return 1", BY_TRUTH),
     "a_name_that_is_True": ("evaluate = True", "assert evaluate"),
     "a_class_for_a_function": ("class evaluate:\n    def __init__(self, answer): pass", BY_TRUTH),
 }
@@ -1339,6 +1372,7 @@ def test_a_child_is_ended_once(jail):
         child = session.child
         session.close()
         child.end()  # after an interrupt a session may be closed again
+        assert run(jail, "print(2)").printed == "2\n"  # by when the server has done what it was told
         assert sibling.run("print(x)").printed == "1\n"
 
 
