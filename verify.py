@@ -239,9 +239,9 @@ def parse_task(text: str, env: str, seed: int) -> CodeAsTask:
 # Some words: a process that forks becomes two that are alike; a child that has ended keeps its pid until its parent
 # waits for it, which reaps it. A descriptor is the number of an open file or channel. A system call asks the kernel for
 # something: prctl, to change what the process itself may do; seccomp has a filter, in BPF, decide on all later calls.
-# Each docstring says first what its layer stops. This chapter is what confines code; the next two, what runs in a child
-# and the sessions that use it, hold three layers more: STATE OUTSIDE (call_tool, which Session.execute answers), DATA ON
-# A CHANNEL (plain), SERVERS THAT DIFFER (set_clock).
+# Each docstring says first what its layer stops. This chapter is what confines code; the next two, of what runs in a
+# child and of the sessions that use it, hold three layers more: STATE OUTSIDE (call_tool, which Session.execute
+# answers), DATA ON A CHANNEL (plain), SERVERS THAT DIFFER (set_clock).
 
 def start_program(statement: str, **options: Any) -> subprocess.Popen:
     """NOTHING TO FIND stops the theft of secrets: a server is a new program, without this one's files and environment.
