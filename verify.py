@@ -251,7 +251,6 @@ def start_program(statement: str, **options: Any) -> subprocess.Popen:
     """
     program = f"""
 import sys
-sys.path.remove('')  # the current folder
 sys.modules.update(_datetime=None, _uuid=None, _hashlib=None)  # in C two ask no set_clock, and OpenSSL takes megabytes
 import {', '.join(MODULES)}
 from typing import Any, Callable
@@ -261,7 +260,7 @@ del text
 {statement}
 """
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    return subprocess.Popen([sys.executable, "-S", "-B", "-c", program], **streams | {"env": {}, "cwd": "/"} | options)
+    return subprocess.Popen([sys.executable, "-PSB", "-c", program], **streams | {"env": {}, "cwd": "/"} | options)
 
 
 def exchange(channel: socket.socket, message: bytes, deadline: float, most: int) -> bytes:

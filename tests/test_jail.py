@@ -212,6 +212,12 @@ def test_common_modules_import_and_others_say_that_they_are_missing(jail):
     assert missing.endswith("ModuleNotFoundError: No module named 'numpy' (only parts of the standard library are here)")
 
 
+def test_what_a_module_lacks_is_an_attribute_error(jail):
+    # On Python 3.13 its message depends on the current folder, for which a child cannot ask.
+    assert run(jail, "import math\nprint(hasattr(math, 'tea'))").printed == "False\n"
+    assert "AttributeError: module 'math' has no attribute 'tea'" in run(jail, "import math\nmath.tea").error
+
+
 def test_code_can_read_its_own_source(jail):
     code = "import inspect\ndef half(x):\n    return x / 2\nprint(inspect.getsource(half))"
     assert run(jail, code).printed == "def half(x):\n    return x / 2\n\n"
@@ -388,7 +394,7 @@ def test_tool_calls_are_limited(jail, monkeypatch):
 # ---------------------------------------------------------------------------------------------------
 # a process of its own: code that breaks the process in which it runs. A bare process does not survive it, although it
 # catches every Exception: in the process of the trainer, that would be the end of the run. (What is marked it survives,
-# on the Python on which these tests were written; others have crashed on such code.)
+# on the Python on which these tests were written, 3.11, and what is marked with a + since 3.12; others crash on it.)
 
 BREAKING = {
     "reading_address_0": "import ctypes; ctypes.string_at(0)",
@@ -399,13 +405,13 @@ BREAKING = {
     "SystemExit": "raise SystemExit",
     "KeyboardInterrupt": "raise KeyboardInterrupt",
     "recursion_in_c": "x = iter(())\nfor i in range(200_000): x = map(int, x)\nlist(x)",
-    "recursion_without_a_limit": "import sys; sys.setrecursionlimit(10**9)\ndef f(): return [*map(lambda x: f(), [1])]\nf()",
+    "recursion_without_a_limit+": "import sys; sys.setrecursionlimit(10**9)\ndef f(): return [*map(lambda x: f(), [1])]\nf()",
     "recursion*": "def f(): f()\nf()",
     "a_chain_of_exceptions*": "e = Exception()\nfor i in range(200_000):\n    n = Exception(); n.__cause__ = e; e = n\nraise e",
     "source_that_nests_parentheses*": "(" * 5_000 + ")" * 5_000,
     "source_that_nests_operators*": "x = " + "-" * 60_000 + "1",
     "source_that_nests_attributes*": "a" + ".b" * 30_000,
-    "source_that_crashes_the_compiler": "import sys; sys.setrecursionlimit(10**9)\ncompile('a' + '.b' * 10**6, '', 'exec')",
+    "source_that_crashes_the_compiler+": "import sys; sys.setrecursionlimit(10**9)\ncompile('a' + '.b' * 10**6, '', 'exec')",
     "an_error_without_text": "raise type('E', (BaseException,), {'__str__': lambda self: 1 / 0})",
     "an_error_whose_text_is_endless_recursion*": "class E(Exception):\n    def __str__(self): return str(self)\nraise E",
     "closed_streams": "import sys; sys.stdout.close(); sys.stderr.close(); print(1)",
@@ -416,7 +422,8 @@ BREAKING = {
 def test_code_that_breaks_its_process_gets_an_error(jail, name):
     code = BREAKING[name]
     careful = f"try: exec({code!r}, {{}})\nexcept Exception: pass\nprint('survived')"
-    assert name.endswith("*") or "survived" not in bare(careful).stdout
+    survived = name.endswith("*") or name.endswith("+") and sys.version_info >= (3, 12)
+    assert survived or "survived" not in bare(careful).stdout
     outcome = run(jail, code + "\nprint('after')")
     assert outcome.error and len(outcome.error) <= 1_100 and "after" not in outcome.printed
 
