@@ -685,7 +685,8 @@ def setting_of(options: argparse.Namespace) -> dict:
     """Return what numbers depend on, save for --parallel and checkouts: model, users, decoding, versions."""
     named = ["policy", "model", "adapter", "seed", "trials", "turn_tokens", "context", "airline"]
     endpoint = options.user_endpoint
-    weights = sorted(Path(getattr(options, "adapter", None) or "-").glob("adapter_model.*"))  # of a folder
+    adapter = getattr(options, "adapter", None)  # whose name says little: another may have taken its place
+    weights = sorted(Path(adapter).glob("adapter_model.*")) if adapter else []
     return {
         **{name: str(getattr(options, name)) for name in named if getattr(options, name, None) is not None},
         **{"adapter_sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in weights},

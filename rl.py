@@ -388,10 +388,12 @@ def rollout(
     running = [t for t in trajectories if not t.over]
     if (shortest := min((len(t.prompt) for t in running), default=0)) >= context:
         raise PolicyError(f"a prompt of {shortest:,} tokens leaves no room in --context {context:,}: raise it")
-    for t in running:
-        if len(t.prompt) >= context:
-            t.episode.status = "out of context"
-            t.end()
+    if cramped := [t for t in running if len(t.prompt) >= context]:
+        tqdm.write(f"of {len(running)} prompts {len(cramped)} leave no room in --context {context:,}: "
+                   "these episodes end at once, and have failed", file=sys.stderr)
+    for t in cramped:
+        t.episode.status = "out of context"
+        t.end()
     running = [t for t in running if not t.over]
     if bar is not None:
         bar.update(len(trajectories) - len(running))

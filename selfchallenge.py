@@ -381,8 +381,10 @@ def peak_memory() -> int:
 # the loop
 
 def play_run(folder: Path, options: argparse.Namespace) -> dict:
-    """Play what the run in a folder has not finished yet; return the summary, which is also written there."""
-    prepare(options)
+    """Play what the run in a folder has not finished yet; return the summary, which is also written there.
+
+    The options must have been given to `prepare`.
+    """
     suites = {name: load_suite(name, options.airline) for name in options.env}
     held_out = [about(task) for tasks in suites.values() for task in tasks]
     with advice_on_memory(options.model), Jail(allow_weak=options.allow_weak_jail) as jail, alone_in(folder):
@@ -633,10 +635,10 @@ def main() -> int:
         options = parse_options()
         parts.extend(separate(options))
         prepare(options)
-        for part in parts:  # what is wrong with a later one should be known before the first is played
+        for env in options.env:  # what is wrong with a later run should be known before the first is played
+            load_suite(env, options.airline)
+        for part in parts:
             folder_of(part)
-            for env in part.env:
-                load_suite(env, part.airline)
         for part in parts:
             folder = folder_of(part)
             if part.resume is None:

@@ -251,7 +251,8 @@ def start_program(statement: str, **options: Any) -> subprocess.Popen:
     """
     program = f"""
 import sys
-sys.modules.update(_datetime=None, _uuid=None, _hashlib=None)  # in C two ask no set_clock, and OpenSSL takes megabytes
+# Parts in C that are not to be found: two would not ask set_clock for the time, the third loads OpenSSL's megabytes.
+sys.modules.update(_datetime=None, _uuid=None, _hashlib=None)
 import {', '.join(MODULES)}
 from typing import Any, Callable
 text = open({os.path.abspath(__file__)!r}, encoding='utf-8').read()
@@ -260,6 +261,7 @@ del text
 {statement}
 """
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    # -P: modules are not sought in the current folder, -S: nor among installed packages, -B: nothing is written
     return subprocess.Popen([sys.executable, "-PSB", "-c", program], **streams | {"env": {}, "cwd": "/"} | options)
 
 
@@ -656,7 +658,8 @@ class ForkServer:
                 if channels:
                     return self.control, struct.unpack("q", pid)[0], socket.socket(fileno=channels[0])
                 if pid:  # of a child whose channel could not be received
-                    self.control.sendall(pid)
+                    with contextlib.suppress(OSError):  # the server may have ended, and with it the child
+                        self.control.sendall(pid)
                     raise JailError("the jail can open no more channels: too many files are open (see ulimit -n)")
                 self.stop()
                 self.start()

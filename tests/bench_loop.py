@@ -53,6 +53,7 @@ def played(arguments: list[str], replies: dict) -> tuple[dict, int, bytes]:
     rl.take_steps, eval.play_baselines = paused(take_steps), paused(play_baselines)
     try:
         options = selfchallenge.parse_options(arguments)
+        rl.prepare(options)
         start = time.monotonic()
         summary = selfchallenge.play_run(folder, options)
         seconds = summary["wall_s"] | {"in all": time.monotonic() - start, "pauses": sum(pauses)}

@@ -34,8 +34,8 @@ def summary_of(model: str, seed: int, filtered: bool, keep: Path | None = None, 
     options = ["--model", model, "--seed", str(seed), *([] if filtered else ["--no-filter"]), *others]
     if begun := (folder / "config.json").exists():
         own, given = json.loads((folder / "config.json").read_text()), vars(parse_options(options))
-        if others := [option for option in own if option in given and own[option] != given[option]]:
-            sys.exit(f"{folder} was played with other options ({', '.join(others)}): delete it to play it anew")
+        if differing := [option for option in own if option in given and own[option] != given[option]]:
+            sys.exit(f"{folder} was played with other options ({', '.join(differing)}): delete it to play it anew")
     if not (folder / "summary.json").exists():
         command = [sys.executable, str(ROOT / "selfchallenge.py")]
         command += ["--resume", str(folder)] if begun else [*options, "--name", f"results/{name}"]

@@ -430,12 +430,13 @@ def test_a_rollout_ends_at_the_context(policy, jail):
         rollout(policy, [Executor(jail, TASK)], seeded(policy.device, 1), context=prompt)
 
 
-def test_an_episode_whose_prompt_leaves_no_room_ends_and_the_others_are_played(policy, jail):
+def test_an_episode_whose_prompt_leaves_no_room_ends_and_the_others_are_played(policy, jail, capsys):
     """Another model may write tasks of any length: one of them must not end a run."""
     long = dataclasses.replace(TASK, instruction="tea " * 600)
     unplayed, played = rollout(policy, [Executor(jail, long), Executor(jail, TASK)], seeded(policy.device, 1), context=512)
     assert unplayed.over and unplayed.episode.status == "out of context" and unplayed.episode.reward == 0 and not any(unplayed.mask)
     assert played.over and any(played.mask) and len(played.tokens) <= 512
+    assert "of 2 prompts 1 leave no room in --context 512" in capsys.readouterr().err  # a user should know
     gradient, figures = fresh_gradient(policy, [unplayed, played], torch.tensor([-1.0, 1.0]))
     alone, _ = fresh_gradient(policy, [played], torch.tensor([0.5]))  # the mean over two, of which one says nothing
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(gradient, alone)) and figures["trained_tokens"] == sum(played.mask)
